@@ -1,0 +1,239 @@
+"""The FastAPI application: routes, one error shape for everything, request ids, body limits."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from difflib import get_close_matches
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from graft import __version__, schemas
+from graft.catalogue import load_catalogue
+from graft.db import Database
+from graft.deps import CarriedError, Service
+from graft.errors import GraftError, InvalidRequest, NotFound, TooLarge, Unavailable
+from graft.housekeeping import Housekeeping
+from graft.ids import new_id
+from graft.routes import adapters, files, health, jobs, models
+from graft.settings import Settings
+from graft.storage import DatabaseStorage
+
+log = logging.getLogger("graft.http")
+
+MAX_JSON_BODY = 1024 * 1024
+UPLOAD_PATH = "/v1/files"
+
+
+def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
+    """An application over a database that is already at this code's version.
+
+    Raises:
+        ConfigurationError: the catalogue or the database cannot be used.
+    """
+    own = database is None
+    database = database or Database(settings.require_database_url())
+    storage = DatabaseStorage(database)
+    catalogue = load_catalogue(settings.models)
+    housekeeping = Housekeeping(database, storage, catalogue, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        housekeeping.start()
+        yield
+        housekeeping.stop()
+        if own:
+            database.dispose()
+
+    app = FastAPI(
+        title="Graft",
+        version=__version__,
+        description="Runs your OpenAI fine-tuning code on your own GPUs and lets you keep the weights.",
+        lifespan=lifespan,
+        responses={
+            "4XX": {"model": schemas.ErrorEnvelope, "description": "The request is at fault."},
+            "5XX": {"model": schemas.ErrorEnvelope, "description": "The server is at fault; trying again may help."},
+        },
+    )
+    app.state.service = Service(settings, database, storage, catalogue, housekeeping)
+    for module in (files, jobs, models, adapters, health):
+        app.include_router(module.router)
+    _answer_errors(app)
+    app.add_middleware(Edge, max_upload=settings.max_upload_bytes)
+    return app
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def _render(error: GraftError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status_code, headers=error.headers)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every failure leaves in OpenAI's envelope; FastAPI's own `detail` would reach an SDK user as 'Error code: 422'."""
+
+    @app.exception_handler(GraftError)
+    async def known(request: Request, error: GraftError) -> JSONResponse:
+        return _render(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _render(_explain(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, CarriedError):
+            return _render(error.error)
+        code = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}.get(
+            error.status_code, "bad_request"
+        )
+        text = {
+            404: f"Unknown request URL: {request.method} {request.url.path[:256]}.",
+            405: f"{request.method} is not allowed on {request.url.path[:256]}.",
+        }.get(error.status_code, str(error.detail))
+        body = {"error": {"message": text, "type": "invalid_request_error", "param": None, "code": code}}
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(OperationalError)
+    async def database_away(request: Request, error: OperationalError) -> JSONResponse:
+        log.warning("the database does not answer: %s", error.orig)
+        return _render(
+            Unavailable("The database does not answer at the moment; try again.", code="database_unavailable")
+        )
+
+    @app.exception_handler(PoolTimeout)
+    async def database_busy(request: Request, error: PoolTimeout) -> JSONResponse:
+        return _render(Unavailable("The database is busy at the moment; try again.", code="database_unavailable"))
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        # Starlette logs the traceback. The caller gets the request id, which is in the log too, and nothing else.
+        return _render(GraftError("Something went wrong on this server; its log tells more.", code="internal_error"))
+
+
+_CODES = {
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
+    "string_too_long": "string_too_long",
+}
+
+
+def _explain(error: RequestValidationError) -> InvalidRequest:
+    """Pydantic's first finding in words a caller can act on."""
+    found = min(error.errors(), key=_rank)
+    where = [part for part in found["loc"] if not _is_internal(part)]
+    if where[:1] in (["body"], ["query"], ["path"]):
+        where = where[1:]
+    param = _dotted(where) or None
+    kind = str(found["type"])
+    code = _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
+    if kind == "extra_forbidden":
+        near = get_close_matches(str(where[-1]), _known_names(), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        text = f"Unknown parameter: '{param}'.{hint}"
+    elif kind == "missing":
+        text = f"Missing required parameter: '{param}'."
+    else:
+        text = f"Invalid value for '{param}': {_lower(found['msg'])}."
+    if param == "suffix":
+        code = "invalid_suffix"
+        text = "Invalid value for 'suffix': 1 to 64 letters, digits, '-', '_' or single '.', starting with a letter or digit."
+    return InvalidRequest(text, code=code, param=param)
+
+
+def _rank(found: Any) -> tuple[bool, int]:
+    """Prefer a finding that is not the 'auto' half of an 'auto or number' field: it says the range."""
+    return (found["type"] == "literal_error" and "'auto'" in found["msg"], len(found["loc"]) == 0)
+
+
+def _is_internal(part: int | str) -> bool:
+    """Pydantic names the branch of a union in the path (`literal['auto']`, `constrained-int`); the caller wrote no such key."""
+    return isinstance(part, str) and bool(
+        re.fullmatch(r"literal\[.*\]|constrained-.*|int|float|bool|list\[.*\]|dict\[.*\]|function-.*", part)
+    )
+
+
+def _dotted(where: list[int | str]) -> str:
+    text = ""
+    for part in where:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _known_names() -> list[str]:
+    requests = (schemas.JobCreate, schemas.LoraRequest, schemas.HyperparametersRequest, schemas.EarlyStoppingRequest)
+    return [name for request in requests for name in request.model_fields]
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+# -- the edge -----------------------------------------------------------------------------------------------------
+
+
+class Edge:
+    """Outermost: gives each request its id, refuses what no route should see, bounds bodies, writes one log line.
+
+    A plain ASGI class, so that streams pass through it piece by piece.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_upload: int) -> None:
+        self.app = app
+        self.max_upload = max_upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = new_id("req_")
+        began = time.perf_counter()
+        status = 500
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
+                # No id holds a NUL, and PostgreSQL would refuse the question itself.
+                await _render(NotFound("Unknown request URL.", code="unknown_url"))(scope, receive, tagged)
+                return
+            most = self.max_upload + 65536 if scope["path"] == UPLOAD_PATH else MAX_JSON_BODY
+            await self.app(scope, _bounded(receive, most), tagged)
+        finally:
+            milliseconds = (time.perf_counter() - began) * 1000
+            # Polling is most of the traffic and says nothing new; what changes something, or fails, is worth a line.
+            level = logging.DEBUG if scope["method"] in ("GET", "HEAD") and status < 400 else logging.INFO
+            tag = {"request": request_id}
+            log.log(level, "%s %s %d %.1f ms", scope["method"], scope["path"], status, milliseconds, extra=tag)
+
+
+def _bounded(receive: Receive, most: int) -> Receive:
+    """Stop reading a body at its limit, whatever length was declared."""
+    taken = 0
+
+    async def limited() -> Message:
+        nonlocal taken
+        message = await receive()
+        if message["type"] == "http.request":
+            taken += len(message.get("body", b""))
+            if taken > most:
+                raise CarriedError(TooLarge(f"The request body is over {most} bytes.", code="body_too_large"))
+        return message
+
+    return limited

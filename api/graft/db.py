@@ -1,0 +1,247 @@
+"""The database: engine, sessions, clock, and bringing the schema up to date.
+
+Two kinds of session. `Database.read()` is for looking; `Database.write()` commits once at its end and rolls back on any
+error. On SQLite a write begins with BEGIN IMMEDIATE, so that two writers queue up at the start instead of one failing in
+the middle.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Delete,
+    Double,
+    Engine,
+    MetaData,
+    Update,
+    create_engine,
+    event,
+    text,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.sql.functions import FunctionElement
+
+from graft.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+WRITE = {"graft_write": True}
+BUSY_TIMEOUT_MS = 30_000
+
+
+class Base(DeclarativeBase):
+    """Parent of all tables. The naming convention lets a migration name a constraint it did not create."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
+    """Seconds since 1970 by the database's own clock: the one clock that all workers share."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
+    # clock_timestamp, not now(): the latter stands still for the whole transaction.
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
+    # unixepoch('subsec') needs SQLite 3.42; Debian 12 has 3.40.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+def changed(session: Session, statement: Update | Delete) -> int:
+    """Run an UPDATE or DELETE and say how many rows it touched: the answer of every compare-and-set."""
+    result = session.execute(statement)
+    assert isinstance(result, CursorResult)
+    return result.rowcount
+
+
+class Database:
+    """One engine and its sessions. Safe to share between threads, not between processes."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+            backend = parsed.get_backend_name()
+            if backend == "postgresql" and parsed.drivername == "postgresql":
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            if backend not in ("sqlite", "postgresql"):
+                raise ConfigurationError(f"GRAFT_DATABASE_URL: '{backend}' is not supported; use sqlite or postgresql.")
+            self.url = parsed
+            if backend == "sqlite":
+                self.engine = _sqlite_engine(parsed)
+            else:
+                self.engine = create_engine(
+                    parsed,
+                    pool_pre_ping=True,
+                    pool_size=10,
+                    max_overflow=20,
+                    pool_timeout=5,
+                    connect_args={"connect_timeout": 5},
+                )
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise ConfigurationError(f"GRAFT_DATABASE_URL cannot be used: {error}") from error
+        self._writer = self.engine.execution_options(**WRITE)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for looking; nothing is kept of what it changes."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that commits at the end of the block, or rolls back if the block raises."""
+        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    # -- schema -------------------------------------------------------------------------------------------------
+
+    def migrate(self) -> None:
+        """Bring the schema to this code's version; several processes may call it at once.
+
+        Raises:
+            ConfigurationError: the database cannot be reached, or is newer than this code.
+        """
+        try:
+            with self._writer.connect() as connection:
+                if not self.is_sqlite:
+                    # Two API processes that start together: the second waits here and then finds nothing to do.
+                    connection.execute(text("select pg_advisory_lock(hashtext('graft-migrations'))"))
+                    connection.commit()
+                try:
+                    self._refuse_newer(connection)
+                    config = _alembic_config()
+                    config.attributes["connection"] = connection
+                    command.upgrade(config, "head")
+                    connection.commit()
+                finally:
+                    if not self.is_sqlite:
+                        connection.rollback()
+                        connection.execute(text("select pg_advisory_unlock(hashtext('graft-migrations'))"))
+                        connection.commit()
+        except OperationalError as error:
+            raise ConfigurationError(f"The database {self._shown()} cannot be opened: {error.orig}") from error
+
+    def require_current(self) -> None:
+        """Refuse to work on a schema of another version.
+
+        Raises:
+            ConfigurationError: says which way the difference goes and what to do.
+        """
+        try:
+            with self.engine.connect() as connection:
+                self._refuse_newer(connection)
+                have = MigrationContext.configure(connection).get_current_revision()
+        except OperationalError as error:
+            raise ConfigurationError(f"The database {self._shown()} cannot be opened: {error.orig}") from error
+        if have != head_revision():
+            raise ConfigurationError(
+                f"The database {self._shown()} is at version {have or 'none'}, this code needs {head_revision()}. "
+                "Run `graft migrate`, or start `graft serve` once."
+            )
+
+    def _refuse_newer(self, connection: Connection) -> None:
+        have = MigrationContext.configure(connection).get_current_revision()
+        if have is None:
+            return
+        try:
+            _scripts().get_revision(have)
+        except CommandError as error:
+            raise ConfigurationError(
+                f"The database {self._shown()} is at version {have}, which this code (head {head_revision()}) does not "
+                "know: it was written by a newer Graft. Start that version, or restore a backup."
+            ) from error
+
+    def _shown(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+
+def _sqlite_engine(url: Any) -> Engine:
+    engine = create_engine(url, pool_size=10, max_overflow=20, connect_args={"check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: Any) -> None:
+        # The driver's own transaction handling would begin transactions late and never IMMEDIATE.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"pragma busy_timeout = {BUSY_TIMEOUT_MS}")
+        mode = cursor.execute("pragma journal_mode = wal").fetchone()[0]
+        if mode not in ("wal", "memory"):
+            raise ConfigurationError(
+                f"SQLite could not switch {url.database} to write-ahead logging (journal mode is '{mode}'). Its folder is "
+                "probably a network or virtual file system, on which SQLite corrupts; use a local disk or PostgreSQL."
+            )
+        # FULL: a job that was answered with 200 survives a power cut, not only a crash of this process.
+        cursor.execute("pragma synchronous = full")
+        cursor.execute("pragma foreign_keys = on")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        write = connection.get_execution_options().get("graft_write", False)
+        connection.exec_driver_sql("begin immediate" if write else "begin")
+
+    return engine
+
+
+def migrations_folder() -> Path:
+    """`migrations/` in a checkout, or the copy that travels in the wheel."""
+    inside = Path(__file__).parent / "migrations"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "migrations"
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    return config
+
+
+@functools.cache
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic_config())
+
+
+@functools.cache
+def head_revision() -> str:
+    """The newest migration this code knows."""
+    head = _scripts().get_current_head()
+    assert head is not None, "migrations/versions is empty"
+    return head

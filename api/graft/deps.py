@@ -1,0 +1,111 @@
+"""What routes are given: the caller, a session, the storage. `Service` is everything one API process shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from sqlalchemy.orm import Session
+from starlette.responses import Response
+
+from graft import strict_json, tenancy
+from graft.catalogue import Catalogue
+from graft.db import Database
+from graft.errors import GraftError, InvalidRequest, UnsupportedMediaType
+from graft.housekeeping import Housekeeping
+from graft.settings import Settings
+from graft.storage import Storage
+from graft.tenancy import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts of one API process."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    catalogue: Catalogue
+    housekeeping: Housekeeping
+
+
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]
+
+# Only for the OpenAPI document; the check itself is `caller`.
+_bearer = HTTPBearer(auto_error=False, description="An API key of this server.")
+
+
+def caller(request: Request, service: ServiceDep, _: Annotated[Any, Depends(_bearer)]) -> Caller:
+    """The project behind the request's key. Raises NotAuthenticated."""
+    with service.database.read() as session:
+        return tenancy.authenticate(session, request.headers.get("authorization"))
+
+
+CallerDep = Annotated[Caller, Depends(caller)]
+
+
+def reading(service: ServiceDep) -> Iterator[Session]:
+    with service.database.read() as session:
+        yield session
+
+
+def writing(service: ServiceDep) -> Iterator[Session]:
+    with service.database.write() as session:
+        yield session
+
+
+ReadDep = Annotated[Session, Depends(reading)]
+# Scope "function": the commit happens before the answer is sent, so a 200 is never followed by a failed commit.
+WriteDep = Annotated[Session, Depends(writing, scope="function")]
+
+
+class CarriedError(HTTPException):
+    """A GraftError that passes through the places where FastAPI lets only its own exceptions through."""
+
+    def __init__(self, error: GraftError) -> None:
+        super().__init__(error.status_code)
+        self.error = error
+
+
+class StrictRequest(Request):
+    """Reads its JSON body by the standard (see `strict_json`), instead of by Python's looser rules."""
+
+    async def json(self) -> Any:
+        try:
+            return strict_json.loads(await self.body())
+        except strict_json.StrictJsonError as error:
+            raise CarriedError(InvalidRequest(f"The request body: {error.message}", code=error.code)) from error
+
+
+class StrictRoute(APIRoute):
+    """The route class of all routes."""
+
+    def get_route_handler(self) -> Any:
+        handle = super().get_route_handler()
+        takes_json = self.body_field is not None
+
+        async def strict(request: Request) -> Response:
+            strict_request = StrictRequest(request.scope, request.receive)
+            if takes_json:
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if request.headers.get("content-encoding", "identity").lower() != "identity":
+                    raise UnsupportedMediaType("Send the body without Content-Encoding.", code="unsupported_encoding")
+                if kind != "application/json":
+                    raise UnsupportedMediaType(
+                        f"Send JSON with 'Content-Type: application/json', not '{kind[:64]}'.",
+                        code="unsupported_media_type",
+                    )
+                if not await strict_request.body():
+                    raise InvalidRequest("The request body is empty; send a JSON object.", code="empty_body")
+            response: Response = await handle(strict_request)
+            return response
+
+        return strict

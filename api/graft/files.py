@@ -1,0 +1,171 @@
+"""Files: accepting an upload all or nothing, listing, deleting. Every query is bound to one project."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from sqlalchemy import delete, or_, select
+from sqlalchemy.orm import Session
+
+from graft import datasets
+from graft.db import Database, changed, now
+from graft.errors import Conflict, InvalidRequest, NotFound
+from graft.ids import new_id
+from graft.models import LIVE, File, Job
+from graft.paging import Cursor, page
+from graft.storage import CHUNK, Storage, Stored
+
+PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+RESULTS = "fine-tune-results"
+
+# Codes that say "this is not a dataset at all": such an upload is refused at once. Any other fault belongs to single rows;
+# the file is kept with status `error`, so that the report can be read and a job that names it is refused with the line.
+REFUSED_AT_UPLOAD = {"not_jsonl", "empty_file"}
+
+
+def accept(
+    database: Database,
+    storage: Storage,
+    project_id: str,
+    *,
+    file: BinaryIO,
+    filename: str,
+    purpose: str,
+    expires_in: int | None,
+) -> File:
+    """Check and keep an upload; nothing is listed before the last byte is stored.
+
+    Raises:
+        InvalidRequest: unknown purpose, empty file, or a training file that is not JSON lines.
+    """
+    if purpose not in PURPOSES:
+        raise InvalidRequest(
+            f"The purpose '{purpose[:64]}' is not known; a training file has 'fine-tune'. Known: {', '.join(PURPOSES)}.",
+            code="invalid_value",
+            param="purpose",
+        )
+    if not file.read(1):
+        raise InvalidRequest("The uploaded file is empty.", code="empty_file", param="file")
+    file.seek(0)
+    status, details, report = "processed", None, None
+    if purpose == "fine-tune":
+        found = datasets.examine(file)
+        file.seek(0)
+        report = found.to_json()
+        if found.error_count:
+            status, details = "error", found.summary()
+            if found.errors[0].code in REFUSED_AT_UPLOAD:
+                raise InvalidRequest(f"{filename}, {details}", code=found.errors[0].code, param="file")
+    stored = storage.put(iter(lambda: file.read(CHUNK), b""))
+    with database.write() as session:
+        return create(
+            session,
+            project_id,
+            stored,
+            filename=filename,
+            purpose=purpose,
+            status=status,
+            details=details,
+            report=report,
+            expires_in=expires_in,
+        )
+
+
+def create(
+    session: Session,
+    project_id: str,
+    stored: Stored,
+    *,
+    filename: str,
+    purpose: str,
+    status: str = "processed",
+    details: str | None = None,
+    report: dict[str, Any] | None = None,
+    expires_in: int | None = None,
+) -> File:
+    """The row that makes stored content a file of the project."""
+    row = File(
+        id=new_id("file-"),
+        project_id=project_id,
+        purpose=purpose,
+        filename=clean_filename(filename),
+        bytes=stored.size,
+        sha256=stored.sha256,
+        status=status,
+        status_details=details,
+        report=report,
+        created_at=now(),
+        expires_at=None if expires_in is None else now() + expires_in,
+    )
+    session.add(row)
+    session.flush()
+    session.refresh(row)
+    return row
+
+
+def clean_filename(name: str) -> str:
+    """A name that is safe to show and to send back in a header: the last path part, without control characters."""
+    last = re.split(r"[/\\]", name)[-1]
+    return re.sub(r"[\x00-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "", last).strip()[:255] or "file"
+
+
+def get(session: Session, project_id: str, file_id: str) -> File:
+    """One file of the project. Raises NotFound."""
+    row = session.scalar(select(File).where(File.id == file_id, File.project_id == project_id, _alive()))
+    if row is None:
+        raise NotFound(f"No such file: '{file_id[:64]}'.", code="file_not_found", param="id")
+    return row
+
+
+def list_page(
+    session: Session, project_id: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool
+) -> tuple[list[File], bool]:
+    """One page of the project's files, and whether there are more."""
+    query = select(File).where(File.project_id == project_id, _alive())
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    cursor = None if after is None else get_cursor(session, project_id, after)
+    return page(session, query, File, cursor=cursor, limit=limit, ascending=ascending)
+
+
+def get_cursor(session: Session, project_id: str, after: str) -> Cursor:
+    row = session.scalar(select(File).where(File.id == after, File.project_id == project_id))
+    if row is None:
+        raise InvalidRequest(f"after: no such file: '{after[:64]}'.", code="invalid_cursor", param="after")
+    return Cursor(row.created_at, row.id)
+
+
+def remove(session: Session, project_id: str, file_id: str) -> None:
+    """Delete a file; its content goes when nothing else names it.
+
+    Raises:
+        NotFound: no such file in the project.
+        Conflict: a job that has not ended still needs it.
+    """
+    row = get(session, project_id, file_id)
+    user = session.scalar(
+        select(Job.id)
+        .where(or_(Job.training_file == row.id, Job.validation_file == row.id), Job.status.in_(LIVE))
+        .limit(1)
+    )
+    if user is not None:
+        raise Conflict(
+            f"The file is in use by {user}; cancel that job first, or wait for it.", code="file_in_use", param="id"
+        )
+    session.delete(row)
+
+
+def content(storage: Storage, row: File, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The file's bytes [start, end)."""
+    return storage.read(row.sha256, start, end)
+
+
+def remove_expired(session: Session) -> int:
+    """Delete the files whose time is over; returns how many."""
+    return changed(session, delete(File).where(File.expires_at < now()))
+
+
+def _alive() -> Any:
+    return or_(File.expires_at.is_(None), File.expires_at > now())

@@ -1,0 +1,308 @@
+"""The wire: OpenAI's requests and responses, field by field, and Graft's additions beside them.
+
+Requests are strict (no coercion) and closed (an unknown field is refused by name), so no setting is ever ignored.
+Graft's own fields are siblings of OpenAI's; the SDK sends them through `extra_body`. Ranges are OpenAI's where OpenAI has
+the field, otherwise those of the QLoRA literature. Responses always carry every key, null included: old clients need it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from graft.recipe import Optimizer, Quantization, Scheduler
+
+Auto = Literal["auto"]
+
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Item = TypeVar("Item", bound=BaseModel)
+
+
+class Request(BaseModel):
+    """Parent of all request bodies."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# -- fine-tuning jobs: request ------------------------------------------------------------------------------------
+
+
+class HyperparametersRequest(Request):
+    """OpenAI's three; `auto` is resolved when the files have been validated, and the job then shows the number."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
+
+
+class SupervisedRequest(Request):
+    """`method.supervised`."""
+
+    hyperparameters: HyperparametersRequest | None = None
+
+
+class MethodRequest(Request):
+    """`method`. `dpo` and `reinforcement` parse, so that they can be refused by name."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: SupervisedRequest | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class LoraRequest(Request):
+    """The adapter. `alpha` left out means 2 r. `target_modules`: `all-linear`, or names of linear layers."""
+
+    r: int = Field(default=16, ge=1, le=256)
+    alpha: float | None = Field(default=None, ge=1, le=512)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=32)] = (
+        "all-linear"
+    )
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class EarlyStoppingRequest(Request):
+    """Stop when `patience` evaluations in a row brought less than `min_delta`; the best adapter is then the result."""
+
+    patience: int = Field(default=3, ge=1, le=100)
+    min_delta: float = Field(default=0.0, ge=0.0)
+    warmup_evals: int = Field(default=1, ge=0, le=100)
+
+
+class JobCreate(Request):
+    """Body of `POST /v1/fine_tuning/jobs`."""
+
+    model: str = Field(min_length=1, max_length=256)
+    training_file: str = Field(min_length=1, max_length=128)
+    validation_file: str | None = Field(default=None, min_length=1, max_length=128)
+    suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9](?:\.?[A-Za-z0-9_-])*$")] | None = (
+        None
+    )
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    integrations: Annotated[list[dict[str, Any]], Field(max_length=5)] | None = None
+    method: MethodRequest | None = None
+    hyperparameters: HyperparametersRequest | None = None
+
+    # Graft's own.
+    lora: LoraRequest | None = None
+    quantization: Quantization = "nf4"
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-2)] | None = None
+    lr_scheduler: Scheduler = "linear"
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    warmup_ratio: float = Field(default=0.03, ge=0.0, le=0.5)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    max_grad_norm: float = Field(default=1.0, ge=0.0, le=10.0)
+    optimizer: Optimizer = "adamw_torch"
+    max_seq_length: Auto | Annotated[int, Field(ge=128)] = "auto"
+    packing: Auto | bool = "auto"
+    train_on_inputs: Auto | bool = "auto"
+    gradient_checkpointing: bool = True
+    validation_split: Auto | Annotated[float, Field(ge=0.0, le=0.5)] = "auto"
+    n_evals: int = Field(default=10, ge=0, le=100)
+    early_stopping: EarlyStoppingRequest | None = None
+
+
+# -- responses ----------------------------------------------------------------------------------------------------
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's four keys."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """What every status from 400 on carries."""
+
+    error: ErrorBody
+
+
+class FileObject(BaseModel):
+    """OpenAI's File. `sha256` is Graft's."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+    sha256: str
+
+
+class Deleted(BaseModel):
+    """The answer to a DELETE."""
+
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class HyperparametersObject(BaseModel):
+    """As asked, and as numbers once they are resolved."""
+
+    n_epochs: int | Auto
+    batch_size: int | Auto
+    learning_rate_multiplier: float | Auto
+
+
+class SupervisedObject(BaseModel):
+    """`method.supervised` of a job."""
+
+    hyperparameters: HyperparametersObject
+
+
+class MethodObject(BaseModel):
+    """`method` of a job."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: SupervisedObject
+
+
+class Progress(BaseModel):
+    """Graft's own: how far a job is."""
+
+    step: int
+    total_steps: int | None
+
+
+class JobObject(BaseModel):
+    """OpenAI's FineTuningJob, and Graft's `base_model`, `adapter_id`, `progress`, `attempt` and `recipe`."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    estimated_finish: int | None
+    finished_at: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: str
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    error: JobError | None
+    hyperparameters: HyperparametersObject
+    method: MethodObject
+    seed: int
+    suffix: str | None
+    user_provided_suffix: str | None
+    integrations: list[dict[str, Any]]
+    metadata: dict[str, str] | None
+    base_model: str
+    adapter_id: str | None
+    progress: Progress
+    attempt: int
+    recipe: dict[str, Any] | None
+
+
+class JobEventObject(BaseModel):
+    """OpenAI's FineTuningJobEvent."""
+
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any] | None
+
+
+class CheckpointMetrics(BaseModel):
+    """OpenAI's metrics of a checkpoint."""
+
+    step: float | None = None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class CheckpointObject(BaseModel):
+    """OpenAI's FineTuningJobCheckpoint. Its adapter can be downloaded under `fine_tuned_model_checkpoint`."""
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+
+
+class ModelObject(BaseModel):
+    """OpenAI's Model. `base_model` is Graft's: what an alias or a fine-tuned model stands on."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    base_model: str | None
+    context_length: int | None
+    adapter_id: str | None
+
+
+class AdapterFileObject(BaseModel):
+    """One downloadable file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    url: str
+
+
+class AdapterObject(BaseModel):
+    """A trained adapter and where its bytes are. `url` gives one .tar.gz; each file has its own."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    created_at: int
+    fine_tuned_model: str
+    base_model: str
+    fine_tuning_job_id: str
+    step_number: int
+    bytes: int
+    sha256: str
+    url: str
+    files: list[AdapterFileObject]
+
+
+class Page(BaseModel, Generic[Item]):
+    """OpenAI's list envelope; newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, data: list[Item], has_more: bool) -> Page[Item]:
+        """A page of objects that have an id; an empty one names nobody's ids."""
+        ids = [item.id for item in data]  # type: ignore[attr-defined]
+        return cls(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=has_more)

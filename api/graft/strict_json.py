@@ -1,0 +1,113 @@
+"""JSON as the standard means it. Python's own reader takes NaN, lone surrogates and duplicate keys, and each of them
+breaks something further on (a database column, an answer that cannot be written, a setting that silently loses).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 32
+
+
+class StrictJsonError(ValueError):
+    """What is wrong, with a stable code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def loads(data: bytes) -> Any:
+    """Parse UTF-8 JSON.
+
+    Raises:
+        StrictJsonError: invalid_utf8, invalid_json, duplicate_key, number_out_of_range, invalid_unicode,
+            invalid_character or too_deep.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:4]:
+            raise StrictJsonError(
+                "invalid_encoding", "the text is not UTF-8 (it looks like UTF-16); save it as UTF-8."
+            ) from error
+        raise StrictJsonError(
+            "invalid_utf8", f"byte {error.start} is not valid UTF-8; save the text as UTF-8."
+        ) from error
+    if "\x00" in text:
+        raise StrictJsonError("invalid_encoding", "the text holds NUL bytes: it is not UTF-8 JSON (UTF-16, perhaps).")
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
+        )
+    except StrictJsonError:
+        raise
+    except RecursionError as error:
+        raise StrictJsonError("too_deep", f"values are nested more than {MAX_DEPTH} deep.") from error
+    except json.JSONDecodeError as error:
+        raise StrictJsonError("invalid_json", f"not valid JSON: {error.msg} at character {error.pos}.") from error
+    _check(value, 1, _has_escapes(text))
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise StrictJsonError("duplicate_key", f"the key {json.dumps(key)[:80]} appears twice in one object.")
+            seen.add(key)
+    return result
+
+
+def _constant(name: str) -> Any:
+    raise StrictJsonError("invalid_json", f"{name} is not JSON; write a number or null.")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise StrictJsonError("number_out_of_range", f"the number {digits[:32]} is too large.")
+    return value
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 20:
+        raise StrictJsonError("number_out_of_range", f"the number {digits[:20]}... has too many digits.")
+    return int(digits)
+
+
+def _has_escapes(text: str) -> bool:
+    # NUL and lone surrogates can only come in through an escape: UTF-8 text cannot hold the one, and `loads` has
+    # refused the other. Most text has neither, and is spared the walk over its strings.
+    return "\\u" in text
+
+
+def _check(value: Any, depth: int, strings: bool) -> None:
+    if depth > MAX_DEPTH:
+        raise StrictJsonError("too_deep", f"values are nested more than {MAX_DEPTH} deep.")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if strings:
+                _check_text(key)
+            _check(item, depth + 1, strings)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, depth + 1, strings)
+    elif strings and isinstance(value, str):
+        _check_text(value)
+
+
+def _check_text(text: str) -> None:
+    if "\x00" in text:
+        raise StrictJsonError("invalid_character", "a string holds the NUL character (\\u0000); take it out.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise StrictJsonError(
+            "invalid_unicode", "a string holds half of a surrogate pair (\\ud800...\\udfff)."
+        ) from error

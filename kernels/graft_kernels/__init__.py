@@ -1,0 +1,1 @@
+"""Operations of QLoRA training. Needs torch only; knows no model and no job."""

@@ -1,0 +1,1 @@
+"""The worker: claims jobs, trains adapters. Needs torch; a GPU makes it fast."""

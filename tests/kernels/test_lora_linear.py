@@ -1,0 +1,190 @@
+"""The hand-written backward of `lora_linear` gives autograd's gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from graft_kernels.lora_linear import dropout_mask, lora_linear, lora_linear_reference
+from graft_kernels.nf4 import NF4Weight, decode
+from torch.utils.checkpoint import checkpoint
+
+SHAPES = [((1,), 8, 16), ((7,), 33, 20), ((2, 5), 64, 48), ((3, 1, 4), 17, 64)]
+RANKS = [1, 3, 48, 256]
+
+
+def nf4(n: int, k: int) -> NF4Weight:
+    return NF4Weight.from_bitsandbytes(*quantize_4bit(torch.randn(n, k), quant_type="nf4", compress_statistics=True))
+
+
+def operands(lead: tuple[int, ...], n: int, k: int, r: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(*lead, k, dtype=dtype, requires_grad=True)
+    lora_a = (torch.randn(r, k, dtype=dtype) / k**0.5).requires_grad_()
+    lora_b = (torch.randn(n, r, dtype=dtype) / r**0.5).requires_grad_()
+    return x, lora_a, lora_b
+
+
+def drawn_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """The mask the next call of `lora_linear` will draw, leaving the generator where it was."""
+    state = torch.get_rng_state()
+    seed = int(torch.randint(2**63 - 1, ()).item())
+    torch.set_rng_state(state)
+    return dropout_mask(x.view(-1, x.shape[-1]).shape, p, seed, x.device, x.dtype).view_as(x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("shape", "rank"), list(itertools.product(SHAPES, RANKS)))
+def test_every_gradient_agrees_with_autograd(
+    shape: tuple[tuple[int, ...], int, int], rank: int, dropout: float
+) -> None:
+    torch.manual_seed(rank)
+    lead, n, k = shape
+    x, lora_a, lora_b = operands(lead, n, k, rank, torch.float32)
+    bias, weight = torch.randn(n), nf4(n, k)
+    mask = drawn_mask(x, dropout) if dropout else None
+
+    y = lora_linear(x, weight, lora_a, lora_b, scale=1.7, bias=bias, dropout=dropout)
+    grad_y = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, lora_a, lora_b), grad_y)
+    expected = lora_linear_reference(x, decode(weight, x.dtype), lora_a, lora_b, 1.7, bias, mask)
+    theirs = torch.autograd.grad(expected, (x, lora_a, lora_b), grad_y)
+
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for name, a, b in zip(("x", "A", "B"), ours, theirs, strict=True):
+        assert torch.linalg.vector_norm(a - b) <= 1e-5 * torch.linalg.vector_norm(b), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dense", [True, False])
+def test_gradcheck_in_float64(dense: bool, dropout: float) -> None:
+    torch.manual_seed(0)
+    x, lora_a, lora_b = operands((2, 3), 5, 6, 2, torch.float64)
+    weight = torch.randn(5, 6, dtype=torch.float64) if dense else nf4(5, 6)
+    bias = torch.randn(5, dtype=torch.float64)
+
+    def function(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)  # the same mask at every probe
+        return lora_linear(inputs[0], weight, inputs[1], inputs[2], scale=0.5, bias=bias, dropout=dropout)
+
+    def reference(*inputs: torch.Tensor) -> torch.Tensor:
+        return lora_linear_reference(inputs[0], torch.ones(5, 6, dtype=torch.float64), inputs[1], inputs[2], 0.5, bias)
+
+    assert torch.autograd.gradcheck(function, (x, lora_a, lora_b))
+    assert torch.autograd.gradcheck(reference, (x, lora_a, lora_b))
+
+
+def test_without_an_adapter_it_is_the_frozen_layer() -> None:
+    x = torch.randn(4, 64, requires_grad=True)
+    weight, bias = nf4(32, 64), torch.randn(32)
+    y = lora_linear(x, weight, bias=bias, dropout=0.5)
+    dense = decode(weight, torch.float32)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias))
+    grad_y = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad_y)[0], grad_y @ dense)
+
+
+def test_gradients_come_in_the_adapters_dtype_when_the_arithmetic_is_bf16() -> None:
+    torch.manual_seed(0)
+    x, lora_a, lora_b = operands((16,), 32, 64, 8, torch.float32)
+    weight = nf4(32, 64)
+    y = lora_linear(x.bfloat16(), weight, lora_a, lora_b, scale=2.0)
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().square().sum(), (lora_a, lora_b))
+    expected = lora_linear_reference(x, decode(weight, torch.float32), lora_a, lora_b, 2.0)
+    theirs = torch.autograd.grad(expected.square().sum(), (lora_a, lora_b))
+    for a, b in zip(grads, theirs, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.linalg.vector_norm(a - b) <= 0.04 * torch.linalg.vector_norm(b)
+
+
+def test_only_the_asked_gradients_are_computed() -> None:
+    x, lora_a, lora_b = operands((4,), 8, 16, 2, torch.float32)
+    weight = nf4(8, 16)
+    lora_linear(x.detach(), weight, lora_a, lora_b).sum().backward()
+    assert lora_a.grad is not None
+    assert lora_b.grad is not None
+    assert x.grad is None
+    y = lora_linear(x, weight, lora_a.detach(), lora_b.detach())
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    with torch.no_grad():
+        assert not lora_linear(x, weight, lora_a, lora_b).requires_grad
+
+
+def test_strided_operands_are_as_good_as_contiguous_ones() -> None:
+    torch.manual_seed(0)
+    x, lora_a, lora_b = operands((6,), 8, 16, 3, torch.float32)
+    weight = nf4(8, 16)
+    y = lora_linear(x, weight, lora_a, lora_b)
+    strided = lora_linear(x.t().contiguous().t(), weight, lora_a.t().contiguous().t(), lora_b.t().contiguous().t())
+    grads = [torch.autograd.grad(out.square().sum(), (x, lora_a, lora_b)) for out in (y, strided)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_mask_is_not_kept_between_the_passes() -> None:
+    x, lora_a, lora_b = operands((128,), 16, 64, 2, torch.float32)
+    weight, kept = nf4(16, 64), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lora_linear(x, weight, lora_a, lora_b, dropout=0.5)
+    assert sorted(kept) == sorted([x.numel(), 128 * 2, lora_a.numel(), lora_b.numel()])
+
+
+def test_the_generator_decides_the_mask() -> None:
+    x, lora_a, lora_b = operands((8,), 16, 64, 2, torch.float32)
+    weight = nf4(16, 64)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(lora_linear(x, weight, lora_a, lora_b, dropout=0.5))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_recomputation_draws_the_same_mask() -> None:
+    x, lora_a, lora_b = operands((8,), 16, 64, 2, torch.float32)
+    weight = nf4(16, 64)
+
+    def layer(inputs: torch.Tensor) -> torch.Tensor:
+        return lora_linear(inputs, weight, lora_a, lora_b, dropout=0.5).square()
+
+    torch.manual_seed(0)
+    plain = torch.autograd.grad(layer(x).sum(), (x, lora_a, lora_b))
+    torch.manual_seed(0)
+    recomputed = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), (x, lora_a, lora_b))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_dropout_keeps_the_expected_value() -> None:
+    mask = dropout_mask(torch.Size((400, 400)), 0.1, 5, torch.device("cpu"), torch.float32)
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert mask.mean().item() == pytest.approx(1.0, abs=5e-3)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, lora_a, lora_b = operands((4,), 8, 16, 2, torch.float32)
+    y = lora_linear(x, nf4(8, 16), lora_a, lora_b)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x, lora_a, lora_b = operands((4,), 8, 16, 2, torch.float32)
+    weight = nf4(8, 16)
+    for call, message in (
+        (lambda: lora_linear(x[:, :15], weight), "x has 15 features"),
+        (lambda: lora_linear(x, weight, lora_a), "one is None"),
+        (lambda: lora_linear(x, weight, lora_a, lora_b[:, :1]), "expected A"),
+        (lambda: lora_linear(x, weight, bias=torch.zeros(7)), "bias has shape"),
+        (lambda: lora_linear(x, torch.zeros(8, 16, requires_grad=True)), "frozen"),
+        (lambda: lora_linear(x, weight, lora_a, lora_b, dropout=1.0), "expected 0 <= p < 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,103 @@
+"""Our training is the reference's: PEFT's LoRA on bitsandbytes' Linear4bit, in a plain PyTorch loop.
+
+Same base bytes, initial weights, conversations and order; the gates are those the project set itself. The reference
+stays in train() mode throughout: in eval() bitsandbytes may repack its weights on the CPU, which changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from graft.recipe import LoraSettings
+from graft_worker import lora
+from graft_worker.base_model import load_base_model
+from graft_worker.data import IGNORED, Row, encode_file, epoch_order, micro_batches, rows_of_step
+from graft_worker.spec import TrainingSpec
+from graft_worker.trainer import StepMetrics, learning_rate_at, train
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+def reference_model(folder: Path, settings: LoraSettings, dtype: torch.dtype) -> Any:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization)
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=int(settings.alpha),
+        use_rslora=settings.use_rslora,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config).train()
+
+
+def losses(model: Any, rows: list[Row], micro_batch_size: int) -> Any:
+    """(summed loss, of each micro-batch in turn): all logits, then the labels picked out."""
+    for batch in micro_batches(rows, micro_batch_size, pad_token_id=0):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+        yield F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sixty_steps_follow_peft_and_bitsandbytes(
+    dtype: torch.dtype, make_spec: Callable[..., TrainingSpec], base_folder: Path
+) -> None:
+    settings = LoraSettings(r=8, alpha=16, use_rslora=True)
+    spec = make_spec(n_epochs=10, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01, lora=settings)
+    recipe = spec.recipe
+    base = load_base_model(base_folder, quantization="nf4", device="cpu", compute_dtype=dtype)
+    initial = lora.attach(base.model, settings, recipe.seed).state_dict()
+    lora.detach(base.model)
+    events = list(train(spec, base, lambda: None))
+    ours = [event for event in events if isinstance(event, StepMetrics)]
+
+    model = reference_model(base_folder, settings, dtype)
+    loaded = peft.set_peft_model_state_dict(model, initial)
+    assert not loaded.unexpected_keys
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(layer, Linear4bit)
+    x = torch.randn(3, layer.in_features, dtype=dtype)
+    explicit = F.linear(x, dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype))
+    assert torch.equal(layer(x), explicit)  # the reference decodes, then multiplies
+
+    rows, valid = (
+        encode_file(path, base.tokenizer, max_seq_length=recipe.max_seq_length).rows
+        for path in (spec.training_file, spec.validation_file)
+    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay)
+    theirs: list[float] = []
+    for step in range(60):
+        epoch, step_in_epoch = divmod(step, 6)
+        step_rows = rows_of_step(rows, epoch_order(len(rows), recipe.seed, epoch), step_in_epoch, recipe.batch_size)
+        num_trained = sum(row.num_trained for row in step_rows)
+        total = 0.0
+        for loss in losses(model, step_rows, recipe.micro_batch_size):
+            (loss / num_trained).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, 60, recipe)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(total / num_trained)
+    with torch.no_grad():
+        final = sum(loss.item() for loss in losses(model, list(valid), 2)) / sum(row.num_trained for row in valid)
+
+    differences = [abs(a.train_loss - b) for a, b in zip(ours, theirs, strict=True)]
+    early, mean = max(differences[:10]), sum(differences) / 60
+    relative = abs(ours[-1].full_valid_loss / final - 1)
+    print(f"{dtype}: steps 1-10 {early:.1e}, mean {mean:.1e}, worst {max(differences):.1e}, final eval {relative:.1e}")
+    assert theirs[-1] < 0.5 * theirs[0]
+    assert early <= 5e-3
+    assert mean <= 1e-2
+    assert relative <= 5e-3

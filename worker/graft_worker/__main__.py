@@ -1,0 +1,42 @@
+"""`python -m graft_worker`: one worker, of Celery if there is a broker, otherwise one that asks the database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from graft import logs
+from graft.errors import ConfigurationError
+from graft.settings import load_settings
+
+from graft_worker.processes import die_with_parent
+from graft_worker.supervisor import supervisor
+from graft_worker.tasks import look_for_work
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT. `--embedded`: also end with the service that started us."""
+    if "--embedded" in sys.argv[1:]:
+        die_with_parent(signal.SIGTERM)
+    try:
+        settings = load_settings()
+        logs.configure(settings.log_level)
+        with supervisor(settings, f"{socket.gethostname()}-{os.getpid()}") as made:
+            if settings.broker_url is not None:
+                from graft_worker.app import run_celery
+
+                run_celery(made, settings)
+            else:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: made.stop.set())
+                look_for_work(made, settings)
+    except ConfigurationError as error:
+        print(f"graft worker: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The Celery entry point: a worker that takes nudges from the broker and, when idle, also looks for itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery.signals import worker_shutting_down
+from graft.queue import QUEUE, TASK, celery_app
+from graft.settings import Settings
+
+from graft_worker.supervisor import Supervisor
+from graft_worker.tasks import finetune, start_looking
+
+log = logging.getLogger(__name__)
+
+
+def run_celery(supervisor: Supervisor, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; the running job is saved and goes back to the queue."""
+    assert settings.broker_url is not None
+    app = celery_app(settings.broker_url)
+
+    @app.task(name=TASK)
+    def nudged(job_id: str) -> None:
+        finetune(supervisor, job_id)
+
+    def stop(**kwargs: Any) -> None:
+        supervisor.stop.set()
+
+    worker_shutting_down.connect(stop)
+    looking = start_looking(supervisor, settings)
+    try:
+        # Threads, one of them: training happens in the engine's process, and this one must keep answering the broker.
+        worker = app.Worker(
+            hostname=f"{supervisor.name}",
+            pool="threads",
+            concurrency=1,
+            queues=[QUEUE],
+            loglevel=logging.getLogger().level,
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        worker.start()
+    finally:
+        supervisor.stop.set()
+        looking.join()

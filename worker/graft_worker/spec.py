@@ -1,0 +1,45 @@
+"""One attempt of a job, as the supervisor hands it to the engine. No torch here: the supervisor stays light."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graft.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSpec:
+    """One job as the engine receives it. Paths are local; `work_dir` is the job's own and is made if missing.
+
+    `base_model_name` is what the adapter's config names as its base; `extras` go into the manifest as they are.
+    """
+
+    job_id: str
+    recipe: Recipe
+    model_source: str
+    model_revision: str | None
+    context_length: int
+    base_model_name: str
+    training_file: Path
+    validation_file: Path | None
+    work_dir: Path
+    resume_from: Path | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary for the engine's pipe."""
+        data = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        data["recipe"] = self.recipe.to_json()
+        return {name: str(value) if isinstance(value, Path) else value for name, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainingSpec:
+        """The inverse of `to_json`."""
+        paths = {
+            name: None if data[name] is None else Path(data[name])
+            for name in ("training_file", "validation_file", "work_dir", "resume_from")
+        }
+        return cls(**{**data, **paths, "recipe": Recipe.from_json(data["recipe"])})

@@ -14,7 +14,7 @@ def run(connection: Connection) -> None:
     """Run the migrations on this connection, in its transaction."""
     context.configure(
         connection=connection,
-        target_metadata=models.Base.metadata,
+        target_metadata=models.Job.metadata,
         # SQLite cannot alter most things in place; Alembic then copies the table.
         render_as_batch=connection.dialect.name == "sqlite",
         compare_type=True,

@@ -42,6 +42,7 @@ from graft_worker.data import (
 from graft_worker.failures import TrainingFailure
 from graft_worker.spec import TrainingSpec
 
+CHECKPOINTS_WITHOUT_EVALUATIONS = 10
 _CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
 
 # What comes out -------------------------------------------------------------------------------------------------------
@@ -174,6 +175,8 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
     steps_per_epoch = math.ceil(len(rows) / recipe.batch_size)
     total_steps = recipe.n_epochs * steps_per_epoch
     eval_steps = evaluation_steps(total_steps, recipe.n_evals)
+    # A run without evaluations must not be a run without checkpoints.
+    save_steps = eval_steps or evaluation_steps(total_steps, CHECKPOINTS_WITHOUT_EVALUATIONS)
     yield DataReady(
         training=dataclasses.asdict(training.statistics),
         validation=None if validation is None else dataclasses.asdict(validation.statistics),
@@ -328,10 +331,10 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
                 file.write(_csv_line(metrics))
             yield metrics
 
-            if step in eval_steps:
+            if step in save_steps:
                 yield save_checkpoint()
             if step < total_steps and not progress.stopped_early and (reason := should_stop()):
-                if step not in eval_steps:
+                if step not in save_steps:
                     yield save_checkpoint()
                 yield Stopped(step=step, reason=reason)
                 return

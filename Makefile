@@ -1,0 +1,42 @@
+# make demo · make test · make check · make serve      (each makes .venv first if it is missing)
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check format serve clean
+
+help:  ## this list
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv: .venv/installed  ## the virtual environment alone
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv (one to five minutes, depending on the network) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "Graft needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
+	@touch $@
+
+demo: .venv/installed  ## fine-tune graft-tiny through the openai SDK, from upload to an adapter that PEFT loads
+	@$(BIN)/python examples/demo.py
+
+test: .venv/installed  ## all tests, against a real PostgreSQL and a real Redis
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+serve: .venv/installed  ## the service with its defaults: http://127.0.0.1:8000/v1, data in ~/.graft
+	@$(BIN)/graft serve
+
+clean:  ## remove what make and the tools have made
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output

@@ -22,6 +22,17 @@ import redis  # noqa: E402
 from .services import PostgresServer, RedisServer  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device cuda` runs the numerical tests (tests/kernels, tests/worker) on a GPU; without it everything is CPU."""
+    parser.addoption("--device", default="cpu", help="torch device of the numerical tests")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the numerical tests compute."""
+    return str(request.config.getoption("--device"))
+
+
 class NetworkBlocked(RuntimeError):
     """A test tried to leave this machine. Not an OSError: code that forgives a broken network must not hide it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -81,7 +82,10 @@ def _render(error: GraftError) -> JSONResponse:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every failure leaves in OpenAI's envelope; FastAPI's own `detail` would reach an SDK user as 'Error code: 422'."""
+    """Every failure leaves in OpenAI's envelope; of FastAPI's own an SDK user would see 'Error code: 422' and no more.
+
+    What no handler here knows is the edge's: see `Edge`.
+    """
 
     @app.exception_handler(GraftError)
     async def known(request: Request, error: GraftError) -> JSONResponse:
@@ -116,11 +120,6 @@ def _answer_errors(app: FastAPI) -> None:
     async def database_busy(request: Request, error: PoolTimeout) -> JSONResponse:
         return _render(Unavailable("The database is busy at the moment; try again.", code="database_unavailable"))
 
-    @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> JSONResponse:
-        # Starlette logs the traceback. The caller gets the request id, which is in the log too, and nothing else.
-        return _render(GraftError("Something went wrong on this server; its log tells more.", code="internal_error"))
-
 
 _CODES = {
     "extra_forbidden": "unknown_parameter",
@@ -130,50 +129,82 @@ _CODES = {
 
 
 def _explain(error: RequestValidationError) -> InvalidRequest:
-    """Pydantic's first finding in words a caller can act on."""
-    found = min(error.errors(), key=_rank)
-    where = [part for part in found["loc"] if not _is_internal(part)]
-    if where[:1] in (["body"], ["query"], ["path"]):
-        where = where[1:]
-    param = _dotted(where) or None
+    """Pydantic's most telling finding in words a caller can act on."""
+    findings = [(_where(found["loc"]), found) for found in error.errors()]
+    # A field that takes "auto" or a number is found wrong twice; the number's half says the range.
+    where, found = max(findings, key=lambda each: (each[1]["type"] != "literal_error", len(each[0])))
+    if not where:
+        return InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    param = _dotted(where)[:128]
     kind = str(found["type"])
     code = _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
     if kind == "extra_forbidden":
-        near = get_close_matches(str(where[-1]), _known_names(), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        text = f"Unknown parameter: '{param}'.{hint}"
+        meant = _meant(where)
+        text = f"Unknown parameter: '{param}'." + (f" Did you mean '{meant}'?" if meant else "")
     elif kind == "missing":
         text = f"Missing required parameter: '{param}'."
     else:
-        text = f"Invalid value for '{param}': {_lower(found['msg'])}."
+        words = [other["ctx"]["expected"] for place, other in findings if place == where and _is_word(other, found)]
+        text = f"Invalid value for '{param}': {', or '.join([_lower(found['msg']), *words])}."
     if param == "suffix":
         code = "invalid_suffix"
-        text = "Invalid value for 'suffix': 1 to 64 letters, digits, '-', '_' or single '.', starting with a letter or digit."
+        text = (
+            "Invalid value for 'suffix': 1 to 64 letters, digits, '-', '_' or single '.', "
+            "starting with a letter or digit."
+        )
     return InvalidRequest(text, code=code, param=param)
 
 
-def _rank(found: Any) -> tuple[bool, int]:
-    """Prefer a finding that is not the 'auto' half of an 'auto or number' field: it says the range."""
-    return (found["type"] == "literal_error" and "'auto'" in found["msg"], len(found["loc"]) == 0)
+def _is_word(other: Any, found: Any) -> bool:
+    return other is not found and other["type"] == "literal_error"
 
 
-def _is_internal(part: int | str) -> bool:
-    """Pydantic names the branch of a union in the path (`literal['auto']`, `constrained-int`); the caller wrote no such key."""
-    return isinstance(part, str) and bool(
-        re.fullmatch(r"literal\[.*\]|constrained-.*|int|float|bool|list\[.*\]|dict\[.*\]|function-.*", part)
-    )
+def _where(loc: Sequence[int | str]) -> list[int | str]:
+    """The path as the caller wrote it.
+
+    Pydantic also names where the value stood (body, query, path) and the branch of a union it tried
+    (`literal['auto']`, `constrained-int`).
+    """
+    where = list(loc[1:]) if loc and loc[0] in ("body", "query", "path") else list(loc)
+    if where[:1] == ["metadata"]:  # its keys are the caller's, whatever they look like
+        return where[:2]
+    return [part for part in where if isinstance(part, int) or not _BRANCH.fullmatch(part)]
 
 
-def _dotted(where: list[int | str]) -> str:
+_BRANCH = re.compile(r"literal\[.*\]|constrained-.*|int|float|bool|list\[.*\]|dict\[.*\]|function-.*")
+
+
+def _dotted(where: Sequence[int | str]) -> str:
     text = ""
     for part in where:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 
 
-def _known_names() -> list[str]:
-    requests = (schemas.JobCreate, schemas.LoraRequest, schemas.HyperparametersRequest, schemas.EarlyStoppingRequest)
-    return [name for request in requests for name in request.model_fields]
+# Where each field of a job request lives; the older place of the hyperparameters comes last: it is not advertised.
+_SECTIONS: dict[str, type[schemas.Request]] = {
+    "": schemas.JobCreate,
+    "lora": schemas.LoraRequest,
+    "method": schemas.MethodRequest,
+    "method.supervised": schemas.SupervisedRequest,
+    "method.supervised.hyperparameters": schemas.HyperparametersRequest,
+    "early_stopping": schemas.EarlyStoppingRequest,
+    "hyperparameters": schemas.HyperparametersRequest,
+}
+# What PEFT and other services call the fields of `lora`.
+_FOREIGN = {"rank": "r", "lora_r": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+
+def _meant(where: Sequence[int | str]) -> str | None:
+    """The field that an unknown one was probably meant to be: of the same section, or else of another."""
+    section, name = _dotted(where[:-1]), str(where[-1])[:64]
+    if section in ("", "lora") and name in _FOREIGN:
+        return f"lora.{_FOREIGN[name]}"
+    for place in sorted(_SECTIONS, key=lambda place: place != section):
+        near = get_close_matches(name, _SECTIONS[place].model_fields, n=1, cutoff=0.7)
+        if near:
+            return f"{place}.{near[0]}".lstrip(".")
+    return None
 
 
 def _lower(text: str) -> str:
@@ -199,7 +230,8 @@ class Edge:
             return
         request_id = new_id("req_")
         began = time.perf_counter()
-        status = 500
+        status = 0
+        tag = {"request": request_id}
 
         async def tagged(message: Message) -> None:
             nonlocal status
@@ -215,11 +247,19 @@ class Edge:
                 return
             most = self.max_upload + 65536 if scope["path"] == UPLOAD_PATH else MAX_JSON_BODY
             await self.app(scope, _bounded(receive, most), tagged)
+        except ClientDisconnect:
+            log.info("the caller hung up while sending", extra=tag)
+        except Exception:
+            # The caller gets the request id, which stands in the log beside the traceback, and nothing else.
+            log.exception("%s %s failed", scope["method"], scope["path"], extra=tag)
+            if status:
+                raise  # the answer has begun: only closing the connection can tell that it is not whole
+            failed = GraftError("Something went wrong on this server; its log tells more.", code="internal_error")
+            await _render(failed)(scope, receive, tagged)
         finally:
             milliseconds = (time.perf_counter() - began) * 1000
             # Polling is most of the traffic and says nothing new; what changes something, or fails, is worth a line.
             level = logging.DEBUG if scope["method"] in ("GET", "HEAD") and status < 400 else logging.INFO
-            tag = {"request": request_id}
             log.log(level, "%s %s %d %.1f ms", scope["method"], scope["path"], status, milliseconds, extra=tag)
 
 

@@ -17,7 +17,9 @@ from graft.errors import ConfigurationError, InvalidRequest
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_FIELDS = {"source", "revision", "context_length", "gated", "description", "parameters"}
+_TYPES = {"revision": str, "gated": bool, "description": str, "parameters": int}
+_KINDS = {str: "text", bool: "true or false", int: "a whole number"}
+_FIELDS = {*_TYPES, "source", "context_length"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +59,8 @@ class Catalogue:
             near = get_close_matches(name[:128], [*self.models, *self.aliases], n=1, cutoff=0.5)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise InvalidRequest(
-                f"The model '{name[:128]}' is not in this server's catalogue.{hint} `GET /v1/models` lists what is; the "
-                "operator can add it, or an alias for it, to models.toml.",
+                f"The model '{name[:128]}' is not in this server's catalogue.{hint} `GET /v1/models` lists what is; "
+                "the operator can add it, or an alias for it, to models.toml.",
                 code="model_not_found",
                 param="model",
             )
@@ -73,16 +75,19 @@ def load_catalogue(path: Path) -> Catalogue:
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"The catalogue {path} does not exist (GRAFT_MODELS).") from error
+    except OSError as error:
+        raise ConfigurationError(f"The catalogue {path} cannot be read (GRAFT_MODELS): {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"The catalogue {path} is not valid TOML: {error}.") from error
     if unknown := set(data) - {"models", "aliases"}:
         raise ConfigurationError(f"{path}: unknown section {sorted(unknown)}; there are [models.<id>] and [aliases].")
+    for section in ("models", "aliases"):
+        if not isinstance(data.get(section, {}), dict):
+            raise ConfigurationError(f"{path}: '{section}' must be a section.")
     models = {name: _entry(path, name, fields) for name, fields in data.get("models", {}).items()}
     aliases: dict[str, str] = data.get("aliases", {})
     for alias, target in aliases.items():
-        if target not in models:
+        if not isinstance(target, str) or target not in models:
             raise ConfigurationError(f"{path}: the alias '{alias}' points to '{target}', which is not in [models].")
         if alias in models:
             raise ConfigurationError(f"{path}: '{alias}' is both a model and an alias.")
@@ -93,13 +98,18 @@ def _entry(path: Path, name: str, fields: dict[str, Any]) -> BaseModel:
     where = f"{path}: [models.{name}]"
     if not _ID.fullmatch(name):
         raise ConfigurationError(f"{where}: an id holds letters, digits, '.', '_', '-' and '/', at most 128.")
+    if not isinstance(fields, dict):
+        raise ConfigurationError(f"{where}: must be a section with 'source' and 'context_length'.")
     if unknown := set(fields) - _FIELDS:
         raise ConfigurationError(f"{where}: unknown field {sorted(unknown)}; known: {sorted(_FIELDS)}.")
+    for field, kind in _TYPES.items():
+        if field in fields and type(fields[field]) is not kind:
+            raise ConfigurationError(f"{where}: '{field}' must be {_KINDS[kind]}.")
     source = fields.get("source")
     if not isinstance(source, str) or not source:
         raise ConfigurationError(f"{where}: 'source' is missing (a Hugging Face id, or a folder such as './my-model').")
     context_length = fields.get("context_length")
-    if not isinstance(context_length, int) or context_length < 128:
+    if type(context_length) is not int or context_length < 128:
         raise ConfigurationError(f"{where}: 'context_length' must be a whole number of tokens, 128 or more.")
     if source.startswith((".", "/", "~")):
         folder = (path.parent / Path(source).expanduser()).resolve()

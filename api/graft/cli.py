@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -85,21 +88,26 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         uvicorn.Config(
             app,
             log_config=None,
+            log_level=logging.WARNING,
             server_header=False,
             timeout_graceful_shutdown=5,
             timeout_keep_alive=30,
             http="httptools",
         )
     )
-    workers.start()
-    print(
-        f"Graft {__version__} listens on http://{host}:{port}/v1 with {_embedded_count(settings)} embedded worker(s).",
-        flush=True,
-    )
-    if key is not None:
-        print(f"Your API key, shown only now: {key}", flush=True)
+    # Like Ctrl-C: left alone, SIGTERM would end this process on the spot, before the workers have saved their jobs.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        server.run(sockets=[listener])
+        workers.start()
+        print(
+            f"Graft {__version__} listens on http://{host}:{port}/v1 with {_embedded_count(settings)} "
+            "embedded worker(s).",
+            flush=True,
+        )
+        if key is not None:
+            print(f"Your API key, shown only now: {key}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it a second time
+            server.run(sockets=[listener])
     finally:
         workers.stop()
         database.dispose()
@@ -123,8 +131,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigurationError(
-            f"Cannot listen on {host} port {port}: {error.strerror or error}. Another program may be using it; choose another "
-            "with --port."
+            f"Cannot listen on {host} port {port}: {error.strerror or error}. Another program may be using it; "
+            "choose another with --port."
         ) from error
     listener.set_inheritable(True)
     return listener

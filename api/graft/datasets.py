@@ -14,10 +14,11 @@ from graft.strict_json import StrictJsonError, loads
 
 MAX_LINE = 1024 * 1024
 KEPT_ERRORS = 100
+NAME_SHOWN = 64  # of a field's name, which may be as long as its line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _EXAMPLE_FIELDS = {"messages", "tools", "parallel_tool_calls"}
-_MESSAGE_FIELDS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content", "refusal"}
+_MESSAGE_FIELDS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content"}
 
 # The first bytes of formats that people upload under a .jsonl name, and what to do about each.
 _MAGIC = (
@@ -82,9 +83,10 @@ class Report:
 
 
 def examine(file: BinaryIO) -> Report:
-    """Read a whole training file and report on it; never raises for what the file contains."""
+    """Read a whole training file, from its beginning, and report on it; never raises for what the file contains."""
     report = Report()
-    start = file.peek(8)[:8] if hasattr(file, "peek") else b""
+    start = file.read(8)
+    file.seek(0)
     for magic, what, mend in _MAGIC:
         if start.startswith(magic):
             report.add(RowError(1, "", "not_jsonl", f"this is {what}, not JSON lines. {mend}"))
@@ -101,8 +103,9 @@ def examine(file: BinaryIO) -> Report:
         try:
             row = loads(line)
         except StrictJsonError as error:
-            report.add(RowError(number, "", _json_code(line, number, error), _json_message(line, number, error)))
-            if report.errors[-1].code == "not_jsonl":
+            problem = _unreadable(line, number, error)
+            report.add(problem)
+            if problem.code == "not_jsonl":
                 return report
             continue
         for fault in check_row(row, number):
@@ -122,22 +125,21 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         number += 1
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if len(line) > MAX_LINE and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE)
-            yield number, None
-        else:
-            yield number, line.rstrip(b"\r\n")
+        text = line.rstrip(b"\r\n")
+        if len(text) <= MAX_LINE:
+            yield number, text
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE)
+        yield number, None
 
 
-def _json_code(line: bytes, number: int, error: StrictJsonError) -> str:
-    return "not_jsonl" if number == 1 and line.strip() in (b"{", b"[") else error.code
-
-
-def _json_message(line: bytes, number: int, error: StrictJsonError) -> str:
-    if number == 1 and line.strip() in (b"{", b"["):
-        return "the file is one JSON value over several lines. Write each conversation as one line, without the outer list."
-    return error.message
+def _unreadable(line: bytes, number: int, error: StrictJsonError) -> RowError:
+    text = line.strip()
+    if number == 1 and error.code == "invalid_json" and (text == b"{" or text.startswith(b"[")):
+        spread = "the file is one JSON value over several lines. Write each conversation as one line, without a list."
+        return RowError(number, "", "not_jsonl", spread)
+    return RowError(number, "", error.code, error.message)
 
 
 def check_row(row: Any, line: int) -> Iterator[RowError]:
@@ -159,18 +161,23 @@ def check_row(row: Any, line: int) -> Iterator[RowError]:
             yield fault(
                 "",
                 "unsupported_format",
-                'prompt/completion rows: write {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}.',
+                'prompt/completion rows: write {"messages": [{"role": "user", "content": prompt}, '
+                '{"role": "assistant", "content": completion}]}.',
             )
         elif {"input", "preferred_output"} <= row.keys():
             yield fault(
                 "", "unsupported_format", "preference pairs cannot be trained on yet; upload chat rows with 'messages'."
             )
         else:
-            yield fault("", "missing_messages", f"'messages' is missing; the row has {sorted(row)[:8]}.")
+            has = ", ".join(name[:NAME_SHOWN] for name in sorted(row)[:8]) or "nothing"
+            yield fault("", "missing_messages", f"'messages' is missing; the row has {has}.")
         return
     for name in sorted(row.keys() - _EXAMPLE_FIELDS):
-        yield fault(name, "unknown_field", f"unknown field; a row has {', '.join(sorted(_EXAMPLE_FIELDS))}.")
-    if "tools" in row and not (isinstance(row["tools"], list) and all(isinstance(tool, dict) for tool in row["tools"])):
+        yield fault(
+            name[:NAME_SHOWN], "unknown_field", f"unknown field; a row has {', '.join(sorted(_EXAMPLE_FIELDS))}."
+        )
+    tools = row.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         yield fault("tools", "invalid_tools", "must be a list of tool objects.")
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -178,10 +185,8 @@ def check_row(row: Any, line: int) -> Iterator[RowError]:
         return
     for index, message in enumerate(messages):
         yield from _check_message(message, f"messages[{index}]", line)
-    if not any(isinstance(m, dict) and m.get("role") == "assistant" and m.get("weight", 1) != 0 for m in messages):
-        yield fault(
-            "messages", "no_assistant_message", "no assistant message to learn from: each is missing or weight 0."
-        )
+    if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages):
+        yield fault("messages", "no_assistant_message", "there is no assistant message to learn from.")
 
 
 def _check_message(message: Any, path: str, line: int) -> Iterator[RowError]:
@@ -192,7 +197,9 @@ def _check_message(message: Any, path: str, line: int) -> Iterator[RowError]:
         yield fault("", f"a message must be an object, this is {_kind(message)}.")
         return
     for name in sorted(message.keys() - _MESSAGE_FIELDS):
-        yield fault(name, f"unknown field; a message has {', '.join(sorted(_MESSAGE_FIELDS))}.", "unknown_field")
+        yield fault(
+            name[:NAME_SHOWN], f"unknown field; a message has {', '.join(sorted(_MESSAGE_FIELDS))}.", "unknown_field"
+        )
     role = message.get("role")
     if role not in ROLES:
         yield fault("role", f"must be one of {', '.join(ROLES)}, this is {_shown(role)}.")
@@ -201,6 +208,9 @@ def _check_message(message: Any, path: str, line: int) -> Iterator[RowError]:
     calls = message.get("tool_calls")
     if calls is not None and (role != "assistant" or not isinstance(calls, list) or not calls):
         yield fault("tool_calls", "must be a list with at least one call, in an assistant message.")
+    for number, call in enumerate(calls if isinstance(calls, list) else []):
+        if problem := _call_problem(call):
+            yield fault(f"tool_calls[{number}]", problem)
     if content is None:
         if not (role == "assistant" and calls):
             yield fault("content", "is missing; write text (an assistant message with tool_calls may leave it out).")
@@ -212,11 +222,26 @@ def _check_message(message: Any, path: str, line: int) -> Iterator[RowError]:
         yield fault("content", f"must be text or a list of text parts, this is {_kind(content)}.")
     elif not content and role == "assistant" and not calls:
         yield fault("content", "is empty: there is nothing to learn. Write the answer, or take the row out.")
-    weight = message.get("weight", 1)
-    if "weight" in message and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+    weight = message.get("weight")
+    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
         yield fault("weight", "must be 0 or 1, and only an assistant message has one.")
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         yield fault("tool_call_id", "a tool message must name the call it answers.")
+
+
+def _call_problem(call: Any) -> str | None:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return 'must be {"id": "...", "type": "function", "function": {"name": "...", "arguments": "..."}}.'
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            json.loads(arguments)
+        except (ValueError, RecursionError):
+            return "the arguments are not JSON."
+    elif not isinstance(arguments, dict):
+        return "the arguments must be JSON in a string, or an object."
+    return None
 
 
 def _kind(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The database: engine, sessions, clock, and bringing the schema up to date.
 
 Two kinds of session. `Database.read()` is for looking; `Database.write()` commits once at its end and rolls back on any
-error. On SQLite a write begins with BEGIN IMMEDIATE, so that two writers queue up at the start instead of one failing in
-the middle.
+error. On SQLite a write begins with BEGIN IMMEDIATE, so that two writers queue up at the start instead of one failing
+in the middle.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import (
+    Boolean,
     Connection,
     CursorResult,
     Delete,
     Double,
     Engine,
     MetaData,
+    Text,
     Update,
     create_engine,
     event,
+    func,
+    literal,
+    select,
     text,
 )
 from sqlalchemy.engine import make_url
@@ -78,11 +83,39 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
+class has_entry(FunctionElement[bool]):  # noqa: N801 - reads as the SQL function it is
+    """Whether a JSON object of strings holds this key with this value. A JSON path could not hold every key."""
+
+    type = Boolean()
+    inherit_cache = True
+
+    def __init__(self, column: Any, key: str, value: str) -> None:
+        super().__init__(column, literal(key, Text()), literal(value, Text()))
+
+
+@compiles(has_entry, "postgresql")
+def _has_entry_postgresql(element: has_entry, compiler: Any, **kw: Any) -> str:
+    column, key, value = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"{column} ->> {key}::text = {value}::text"
+
+
+@compiles(has_entry, "sqlite")
+def _has_entry_sqlite(element: has_entry, compiler: Any, **kw: Any) -> str:
+    column, key, value = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"exists (select 1 from json_each({column}) as entry where entry.key = {key} and entry.value = {value})"
+
+
 def changed(session: Session, statement: Update | Delete) -> int:
     """Run an UPDATE or DELETE and say how many rows it touched: the answer of every compare-and-set."""
     result = session.execute(statement)
     assert isinstance(result, CursorResult)
     return result.rowcount
+
+
+def one_at_a_time(session: Session, name: str) -> None:
+    """Wait until no other transaction of this name is open. On SQLite every writing transaction is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
 
 
 class Database:
@@ -96,6 +129,10 @@ class Database:
                 parsed = parsed.set(drivername="postgresql+psycopg")
             if backend not in ("sqlite", "postgresql"):
                 raise ConfigurationError(f"GRAFT_DATABASE_URL: '{backend}' is not supported; use sqlite or postgresql.")
+            if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+                raise ConfigurationError(
+                    "GRAFT_DATABASE_URL: a database in memory cannot be shared with the workers; name a file."
+                )
             self.url = parsed
             if backend == "sqlite":
                 self.engine = _sqlite_engine(parsed)
@@ -206,8 +243,8 @@ def _sqlite_engine(url: Any) -> Engine:
         mode = cursor.execute("pragma journal_mode = wal").fetchone()[0]
         if mode not in ("wal", "memory"):
             raise ConfigurationError(
-                f"SQLite could not switch {url.database} to write-ahead logging (journal mode is '{mode}'). Its folder is "
-                "probably a network or virtual file system, on which SQLite corrupts; use a local disk or PostgreSQL."
+                f"SQLite could not switch {url.database} to write-ahead logging (journal mode is '{mode}'). Its folder "
+                "is probably a network or virtual file system, where SQLite corrupts; use a local disk or PostgreSQL."
             )
         # FULL: a job that was answered with 200 survives a power cut, not only a crash of this process.
         cursor.execute("pragma synchronous = full")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
@@ -34,6 +35,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
+    """The parts of the process that serves this request."""
     return cast(Service, request.app.state.service)
 
 
@@ -43,9 +45,13 @@ ServiceDep = Annotated[Service, Depends(service_of)]
 _bearer = HTTPBearer(auto_error=False, description="An API key of this server.")
 
 
-def caller(request: Request, service: ServiceDep, _: Annotated[Any, Depends(_bearer)]) -> Caller:
-    """The project behind the request's key. Raises NotAuthenticated."""
-    with service.database.read() as session:
+def caller(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Caller:
+    """The project behind the request's key, which `StrictRoute` has checked."""
+    return cast(Caller, request.state.caller)
+
+
+def _authenticate(request: Request) -> Caller:
+    with service_of(request).database.read() as session:
         return tenancy.authenticate(session, request.headers.get("authorization"))
 
 
@@ -53,17 +59,20 @@ CallerDep = Annotated[Caller, Depends(caller)]
 
 
 def reading(service: ServiceDep) -> Iterator[Session]:
+    """A session for looking."""
     with service.database.read() as session:
         yield session
 
 
 def writing(service: ServiceDep) -> Iterator[Session]:
+    """A session that commits when the route has returned."""
     with service.database.write() as session:
         yield session
 
 
-ReadDep = Annotated[Session, Depends(reading)]
-# Scope "function": the commit happens before the answer is sent, so a 200 is never followed by a failed commit.
+# Scope "function": the session ends before the answer is sent. So a 200 is never followed by a failed commit, and a
+# slow download holds no connection.
+ReadDep = Annotated[Session, Depends(reading, scope="function")]
 WriteDep = Annotated[Session, Depends(writing, scope="function")]
 
 
@@ -86,14 +95,20 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """The route class of all routes."""
+    """The route class of all `/v1` routes. The key is checked first: nothing a stranger sends is parsed."""
 
     def get_route_handler(self) -> Any:
         handle = super().get_route_handler()
         takes_json = self.body_field is not None
+        known = {field.alias for field in self.dependant.query_params}
 
         async def strict(request: Request) -> Response:
             strict_request = StrictRequest(request.scope, request.receive)
+            strict_request.state.caller = await run_in_threadpool(_authenticate, strict_request)
+            for name in request.query_params:
+                if name.partition("[")[0] not in known:  # `metadata[key]` is an entry of `metadata`
+                    shown = name[:64]
+                    raise InvalidRequest(f"Unknown query parameter: '{shown}'.", code="unknown_parameter", param=shown)
             if takes_json:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if request.headers.get("content-encoding", "identity").lower() != "identity":

@@ -1,7 +1,8 @@
-"""The workers that `graft serve` starts itself: separate processes, started again when they die, stopped with the service."""
+"""The workers that `graft serve` starts itself: processes that are started again when they die, and stop with it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -25,8 +26,8 @@ def require_worker_package() -> None:
     """Raises ConfigurationError if this installation is the light one."""
     if importlib.util.find_spec("graft_worker") is None or importlib.util.find_spec("torch") is None:
         raise ConfigurationError(
-            "The worker's packages are not installed. Run `pip install 'graft-server[worker]'`, or start the API alone with "
-            "`graft serve --workers 0` and workers elsewhere."
+            "The worker's packages are not installed. Run `pip install 'graft-server[worker]'`, or start the API alone "
+            "with `graft serve --workers 0` and workers elsewhere."
         )
 
 
@@ -58,9 +59,8 @@ class EmbeddedWorkers:
         # Several engines on the CPU would otherwise each take all cores, and wait for one another.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._count)))
         # A session of its own: Ctrl-C reaches only this process, which then asks the workers to save and stop.
-        return subprocess.Popen(
-            [sys.executable, "-m", "graft_worker", "--embedded"], env=environment, start_new_session=True
-        )
+        command = [sys.executable, "-m", "graft_worker", "--embedded", str(os.getpid())]
+        return subprocess.Popen(command, env=environment, start_new_session=True)
 
     def _watch(self) -> None:
         pauses = [1.0] * self._count
@@ -86,7 +86,7 @@ class EmbeddedWorkers:
                     began[index], due[index] = time.monotonic(), 0.0
 
     def stop(self) -> None:
-        """SIGTERM, time to save a checkpoint, then SIGKILL."""
+        """SIGTERM, time to save a checkpoint, then SIGKILL; a second Ctrl-C ends the waiting."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -94,15 +94,16 @@ class EmbeddedWorkers:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._settings.grace_seconds + 5
-        for process in self._processes:
-            try:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning(
-                    "worker %d did not stop in time; killed, its job resumes from the last checkpoint", process.pid
-                )
-                process.kill()
-                process.wait()
+        try:
+            for process in self._processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    log.warning("worker %d is killed; its job resumes from the last checkpoint", process.pid)
+                    process.kill()
+                    process.wait()
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

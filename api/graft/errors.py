@@ -100,6 +100,21 @@ class UnsupportedMediaType(GraftError):
     type = "invalid_request_error"
 
 
+class RangeNotSatisfiable(GraftError):
+    """416: the part that was asked for is not in the content."""
+
+    status_code = 416
+    type = "invalid_request_error"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"The range is not within the content's {size} bytes.", code="range_not_satisfiable")
+        self.size = size
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Content-Range": f"bytes */{self.size}"}
+
+
 class IdempotencyMismatch(GraftError):
     """422: an Idempotency-Key was used again with another body."""
 

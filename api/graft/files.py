@@ -20,8 +20,8 @@ from graft.storage import CHUNK, Storage, Stored
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 RESULTS = "fine-tune-results"
 
-# Codes that say "this is not a dataset at all": such an upload is refused at once. Any other fault belongs to single rows;
-# the file is kept with status `error`, so that the report can be read and a job that names it is refused with the line.
+# Codes that say "this is not a dataset at all": such an upload is refused at once. Any other fault belongs to single
+# rows; the file is kept with status `error`, so that the report can be read; a job that names it fails with the line.
 REFUSED_AT_UPLOAD = {"not_jsonl", "empty_file"}
 
 
@@ -42,7 +42,8 @@ def accept(
     """
     if purpose not in PURPOSES:
         raise InvalidRequest(
-            f"The purpose '{purpose[:64]}' is not known; a training file has 'fine-tune'. Known: {', '.join(PURPOSES)}.",
+            f"The purpose '{purpose[:64]}' is not known; a training file has 'fine-tune'. "
+            f"Known: {', '.join(PURPOSES)}.",
             code="invalid_value",
             param="purpose",
         )
@@ -131,6 +132,7 @@ def list_page(
 
 
 def get_cursor(session: Session, project_id: str, after: str) -> Cursor:
+    """Where the page after this file begins. Raises InvalidRequest."""
     row = session.scalar(select(File).where(File.id == after, File.project_id == project_id))
     if row is None:
         raise InvalidRequest(f"after: no such file: '{after[:64]}'.", code="invalid_cursor", param="after")

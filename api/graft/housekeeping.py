@@ -1,5 +1,7 @@
-"""What the service does on its own, in one thread of the API process: validate new jobs, take jobs back from silent workers,
-send nudges, remove what is expired. Any number of API processes may run it; each step is a compare-and-set.
+"""What the service does on its own, in two threads of the API process.
+
+It validates new jobs, takes jobs back from silent workers, sends nudges, removes what is expired. Any number of API
+processes may run it; each step is a compare-and-set.
 """
 
 from __future__ import annotations
@@ -7,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import delete, select
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 
 from graft import files, jobs, queue, resolve
 from graft.catalogue import Catalogue
@@ -34,53 +37,47 @@ class Housekeeping:
         self._storage = storage
         self._catalogue = catalogue
         self._settings = settings
-        self._wake = threading.Event()
-        self._stopping = False
         self._swept_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
+        # A broker that hangs holds up its own messages, and no job's validation or recovery.
+        self._turns = Rounds("housekeeping", self.turn)
+        self._nudges = Rounds("nudges", self.send_nudges)
 
     def start(self) -> None:
-        self._thread.start()
+        self._turns.start()
+        self._nudges.start()
 
     def wake(self) -> None:
         """There is a new job: do not wait for the next turn."""
-        self._wake.set()
+        self._turns.wake()
 
     def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            try:
-                self.turn()
-            except OperationalError as error:
-                log.warning("the database is away, trying again in %.0f s: %s", TURN_SECONDS, error.orig)
-            except SQLAlchemyError:
-                log.exception("housekeeping failed, trying again in %.0f s", TURN_SECONDS)
-            self._wake.wait(TURN_SECONDS)
+        self._turns.stop(timeout=10)
+        self._nudges.stop(timeout=1)  # what it did not send is still in the outbox
 
     def turn(self) -> None:
-        """One round of everything that is due."""
+        """One round of everything that is due, but for the nudges."""
         with self._db.read() as session:
             waiting = jobs.waiting_for_validation(session)
         for job_id in waiting:
-            resolve.validate(self._db, self._catalogue, job_id, min_examples=self._settings.min_examples)
+            try:
+                resolve.validate(self._db, self._catalogue, job_id, min_examples=self._settings.min_examples)
+            except OperationalError:
+                raise
+            except Exception:  # one job that cannot be read must not keep the others waiting
+                log.exception("the job cannot be validated", extra={"job": job_id})
         with self._db.read() as session:
             silent = jobs.has_silent(session)
         if silent:
             with self._db.write() as session:
                 jobs.reap(session, max_recoveries=self._settings.max_recoveries)
-        self._send_nudges()
+        self._nudges.wake()
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._swept_at = time.monotonic()
             with self._db.write() as session:
                 files.remove_expired(session)
             self._storage.sweep(SWEEP_AGE_SECONDS)
 
-    def _send_nudges(self) -> None:
+    def send_nudges(self) -> None:
         """At least once: a row goes only after the broker has taken its message."""
         with self._db.read() as session:
             rows = session.execute(select(Outbox.id, Outbox.job_id).order_by(Outbox.id).limit(1000)).all()
@@ -96,3 +93,32 @@ class Housekeeping:
         if sent:
             with self._db.write() as session:
                 session.execute(delete(Outbox).where(Outbox.id.in_(sent)))
+
+
+class Rounds(threading.Thread):
+    """Calls one function every few seconds, and as soon as it is woken. No fault ends it: it serves every job."""
+
+    def __init__(self, name: str, once: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._once = once
+        self._wake = threading.Event()
+        self._stopping = False
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        self._stopping = True
+        self._wake.set()
+        self.join(timeout)
+
+    def run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                self._once()
+            except OperationalError as error:
+                log.warning("the database is away, trying again in %.0f s: %s", TURN_SECONDS, error.orig)
+            except Exception:
+                log.exception("%s failed, trying again in %.0f s", self.name, TURN_SECONDS)
+            self._wake.wait(TURN_SECONDS)

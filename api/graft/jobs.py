@@ -2,10 +2,10 @@
 
     validating_files -> queued -> running -> succeeded | failed | cancelled
 
-Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it is
-written in the same transaction. `attempt` is the fence: it grows when a worker claims the job and when the right to run is
-taken away, so a worker that was frozen and wakes up late can change nothing. Functions take the session they work in; the
-caller owns the transaction.
+Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it
+is written in the same transaction. `attempt` is the fence: it grows when a worker claims the job and when the right to
+run is taken away, so a worker that was frozen and wakes up late can change nothing. Functions take the session they
+work in; the caller owns the transaction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from graft import adapters, files
 from graft.adapters import AdapterContent
-from graft.db import changed, now
+from graft.db import changed, has_entry, now
 from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
 from graft.ids import new_id
 from graft.models import LIVE, Checkpoint, File, Job, JobEvent, JobRequest, JobStatus, Organization, Outbox, Project
@@ -66,8 +66,8 @@ class Claim:
 def find_earlier(session: Session, caller: Caller, *, key: str | None, body_sha256: str, is_retry: bool) -> Job | None:
     """The job that the same request made before, if this one is a repetition.
 
-    With an Idempotency-Key the key decides. OpenAI's SDKs send none, yet repeat a POST whose answer was lost; they count the
-    repetition in `x-stainless-retry-count`, so a repeated body within the window is taken for the same request.
+    With an Idempotency-Key the key decides. OpenAI's SDKs send none, yet repeat a POST whose answer was lost; they
+    count the repetition in `x-stainless-retry-count`, so a repeated body in the window is taken for the same request.
 
     Raises:
         IdempotencyMismatch: the key was used with another body.
@@ -162,7 +162,7 @@ def list_page(
     """One page of the project's jobs, and whether there are more; `labels` must all match the job's metadata."""
     query = select(Job).where(Job.project_id == project_id)
     for name, value in labels.items():
-        query = query.where(Job.labels[name].as_string() == value)
+        query = query.where(has_entry(Job.labels, name, value))
     if unlabelled:
         query = query.where(Job.labels.is_(None))
     cursor = None
@@ -257,7 +257,7 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def reap(session: Session, *, max_recoveries: int) -> list[str]:
-    """running -> queued (or failed) for jobs whose worker has not been heard of for a whole lease; returns their ids."""
+    """running -> queued (or failed) for jobs whose worker was silent for a whole lease; returns their ids."""
     query = (
         select(Job).where(Job.status == JobStatus.RUNNING, Job.lease_until < now()).with_for_update(skip_locked=True)
     )
@@ -280,7 +280,7 @@ def is_due(session: Session, job_id: str | None = None) -> bool:
 
 
 def claim(session: Session, worker: str, *, lease_seconds: float, job_id: str | None = None) -> Claim | None:
-    """queued -> running for the oldest job that is due (or the named one); None if there is none or another was faster."""
+    """queued -> running for the oldest job that is due (or the named one); None if there is none, or no longer."""
     due = select(Job).where(Job.status == JobStatus.QUEUED, Job.not_before <= now())
     if job_id is not None:
         due = due.where(Job.id == job_id)
@@ -352,13 +352,12 @@ def add_checkpoint(
 
     Old training states are given up, but for the last `keep` and the one with the best validation loss.
     """
-    if changed(session, _fenced(held).values(recoveries=0)) != 1:  # a new checkpoint: the count of losses starts again
+    if changed(session, _fenced(held).values(attempt=held.attempt)) != 1:
         return False
-    if (
-        session.scalar(select(Checkpoint.id).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step))
-        is not None
-    ):
+    known = select(Checkpoint.id).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step)
+    if session.scalar(known) is not None:
         return True  # an earlier attempt came this far; the same recipe makes the same state
+    changed(session, _fenced(held).values(recoveries=0))  # real progress: the count of losses starts again
     name = f"{held.model_name}:ckpt-step-{step}"
     adapters.create(session, held.project_id, held.job_id, name, held.recipe.base_model, step, content, is_final=False)
     session.add(
@@ -555,7 +554,7 @@ def _failure(code: str, message: str, param: str | None) -> dict[str, Any]:
 
 
 def _tell(session: Session, job_id: str, events: Sequence[Event]) -> None:
-    """Write events with the next numbers. The counter lies on the job's row, so two writers cannot take the same one."""
+    """Write events with the next numbers. The counter lies on the job's row: two writers cannot take the same one."""
     if not events:
         return
     last = session.execute(

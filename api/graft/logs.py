@@ -35,5 +35,5 @@ def configure(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(number)
     # Their INFO lines repeat ours, or tell of every start of every part.
-    for name in ("alembic", "uvicorn.access", "kombu", "amqp", "httpx", "urllib3"):
+    for name in ("alembic", "uvicorn.access", "uvicorn.error", "kombu", "amqp", "httpx", "urllib3"):
         logging.getLogger(name).setLevel(max(number, logging.WARNING))

@@ -127,8 +127,8 @@ class File(Base):
 class Job(Base):
     """One fine-tuning job. `status` is written by `graft.jobs` and by nothing else.
 
-    `attempt` is the fence: it grows whenever the right to run changes hands, and a writer that names an older attempt is
-    refused. `recipe` is null until the files have been validated.
+    `attempt` is the fence: it grows whenever the right to run changes hands, and a writer that names an older attempt
+    is refused. `recipe` is null until the files have been validated.
     """
 
     __tablename__ = "fine_tuning_jobs"

@@ -1,7 +1,7 @@
 """The broker: an address and a task's name. It wakes workers up and is trusted with nothing else.
 
-A nudge holds a job id. Losing one costs a few seconds (idle workers also look in the database), a second one costs nothing
-(only one claim wins), so Celery acknowledges early and the broker keeps no results.
+A nudge holds a job id. Losing one costs a few seconds (idle workers also look in the database), a second one costs
+nothing (only one claim wins), so Celery acknowledges early and the broker keeps no results.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ def celery_app(broker_url: str) -> Celery:
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=1,
+        # A busy worker leaves the next nudge on the queue, for one that is idle.
+        worker_disable_prefetch=True,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
         broker_connection_timeout=4,
         # Without a time limit a publish on a dead connection waits for ever.
         broker_transport_options={"socket_timeout": 10, "socket_connect_timeout": 4, "retry_on_timeout": True},

@@ -1,7 +1,7 @@
 """From what the caller asked to the recipe that is trained: refusals by name, and what "auto" comes to.
 
-`check` needs only the request and runs before a job exists; `validate` has read the files and ends in a queued or failed job.
-Defaults follow the QLoRA and LoRA literature; each is named in the README.
+`check` needs only the request and runs before a job exists; `validate` has read the files and ends in a queued or
+failed job. Defaults follow the QLoRA and LoRA literature; each is named in the README.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def recipe(body: JobCreate, base: BaseModel, *, rows: int) -> Recipe:
 
 
 def _validation_split(body: JobCreate, rows: int) -> float:
-    """5 % (10 to 500 rows) when there is no validation file and there are rows to spare, unless the caller says otherwise."""
+    """5 % (10 to 500 rows) if there is no validation file and there are rows to spare; or what the caller says."""
     if body.validation_file is not None:
         return 0.0
     if body.validation_split == "auto":
@@ -223,8 +223,8 @@ def _remarks(job: Job, resolved: Recipe, rows: int, training: File | None, valid
     if resolved.validation_split > 0:
         remarks.append(
             Event(
-                f"No validation file: {round(rows * resolved.validation_split)} of {rows} rows are kept aside for validation "
-                "(validation_split)"
+                f"No validation file: {round(rows * resolved.validation_split)} of {rows} rows are kept aside for "
+                "validation (validation_split)"
             )
         )
     if resolved.learning_rate > WARN_LEARNING_RATE:

@@ -1,8 +1,9 @@
 """The wire: OpenAI's requests and responses, field by field, and Graft's additions beside them.
 
 Requests are strict (no coercion) and closed (an unknown field is refused by name), so no setting is ever ignored.
-Graft's own fields are siblings of OpenAI's; the SDK sends them through `extra_body`. Ranges are OpenAI's where OpenAI has
-the field, otherwise those of the QLoRA literature. Responses always carry every key, null included: old clients need it.
+Graft's own fields are siblings of OpenAI's; the SDK sends them through `extra_body`. Ranges are OpenAI's where OpenAI
+has the field, otherwise those of the QLoRA literature. Responses always carry every key, null included: old clients
+need it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class EarlyStoppingRequest(Request):
 class JobCreate(Request):
     """Body of `POST /v1/fine_tuning/jobs`."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: str = Field(min_length=1)
     training_file: str = Field(min_length=1, max_length=128)
     validation_file: str | None = Field(default=None, min_length=1, max_length=128)
     suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9](?:\.?[A-Za-z0-9_-])*$")] | None = (

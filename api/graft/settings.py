@@ -48,9 +48,12 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.data_dir / 'graft.db'}"
 
     def require_database_url(self) -> str:
-        """The URL, after the folder of an SQLite file has been made."""
+        """The URL, after the folder of an SQLite file has been made. Raises ConfigurationError if it cannot be."""
         if self.database_url is None:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                self.data_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(f"The folder {self.data_dir} cannot be made: {error.strerror}.") from error
         return self.database
 
 
@@ -60,11 +63,12 @@ def load_settings(**overrides: object) -> Settings:
     Raises:
         ConfigurationError: a value is out of range, or a GRAFT_ variable is not known.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = sorted(name.upper() for name in Settings.model_fields)
     for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
+            near = get_close_matches(name.removeprefix(PREFIX), known, n=1)
+            every = ", ".join(PREFIX + field for field in known)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else f" Known: {every}."
             raise ConfigurationError(f"The environment variable {name} is not a setting of Graft.{hint}")
     try:
         settings = Settings(**{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]

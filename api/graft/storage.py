@@ -13,7 +13,6 @@ from typing import Protocol
 
 from sqlalchemy import ColumnElement, and_, delete, exists, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from graft.db import Database, changed, now
 from graft.models import Adapter, AdapterFile, Blob, BlobChunk, Checkpoint, File
@@ -109,7 +108,7 @@ class DatabaseStorage:
             # A session a chunk: a slow reader holds no connection.
             with self._db.read() as session:
                 data = session.scalar(select(BlobChunk.data).where(BlobChunk.blob_id == blob_id, BlobChunk.seq == seq))
-            if data is None:
+            if data is None or len(data) <= offset:
                 raise KeyError(f"chunk {seq} of blob {blob_id}")
             piece = data[offset : offset + stop - position]
             position += len(piece)
@@ -117,8 +116,12 @@ class DatabaseStorage:
 
     def sweep(self, older_than: float) -> int:
         with self._db.write() as session:
+            # Locked: an upload of the same bytes either touched the row before, or finds it gone and keeps its own.
             stale = session.scalars(
-                select(Blob.id).where(Blob.touched_at < now() - older_than, _is_unnamed()).limit(100)
+                select(Blob.id)
+                .where(Blob.touched_at < now() - older_than, _is_unnamed())
+                .limit(100)
+                .with_for_update(skip_locked=True)
             ).all()
             session.execute(delete(BlobChunk).where(BlobChunk.blob_id.in_(stale)))
             session.execute(delete(Blob).where(Blob.id.in_(stale)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from graft.db import changed, now
+from graft.db import changed, now, one_at_a_time
 from graft.errors import InvalidRequest, NotAuthenticated
 from graft.ids import hash_key, key_prefix, new_api_key, new_id
 from graft.models import ApiKey, Organization, Project
@@ -36,6 +36,7 @@ def ensure_defaults(session: Session, api_key: str | None) -> str | None:
     Returns:
         A key that was made just now and will never be shown again, or None.
     """
+    one_at_a_time(session, "defaults")  # two services may start together for the first time
     if session.get(Organization, DEFAULT_ORGANIZATION) is None:
         session.add(Organization(id=DEFAULT_ORGANIZATION, name="default", created_at=now()))
         session.flush()

@@ -167,7 +167,7 @@ def upgrade() -> None:
         sa.Column("model", sa.String(length=512), nullable=False),
         sa.Column("base_model", sa.String(length=256), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
-        sa.Column("is_final", sa.Boolean(), server_default=sa.text("0"), nullable=False),
+        sa.Column("is_final", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("archive_sha256", sa.String(length=64), nullable=False),
         sa.Column("archive_bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),

@@ -46,15 +46,15 @@ def quantise(weight: torch.Tensor, *, blocksize: int = 64, nested: bool = True) 
 
 def oracle(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """The same decoding in numpy, fp32, for the sizes at which bitsandbytes would compile a kernel first."""
-    raw = packed.view(-1).view(torch.uint8).numpy()
+    raw = packed.cpu().view(-1).view(torch.uint8).numpy()
     nibbles = np.stack((raw >> 4, raw & 15), axis=1).reshape(-1)
     n = int(np.prod(state.shape))
-    absmax = state.absmax.numpy()
+    absmax = state.absmax.cpu().numpy()
     if state.state2 is not None:
-        scale2 = np.repeat(state.state2.absmax.numpy(), 256)[: len(absmax)]
-        absmax = state.state2.code.numpy()[absmax] * scale2 + np.float32(state.offset.item())
+        scale2 = np.repeat(state.state2.absmax.cpu().numpy(), 256)[: len(absmax)]
+        absmax = state.state2.code.cpu().numpy()[absmax] * scale2 + np.float32(state.offset.item())
     values = np.asarray(NF4_CODE, dtype=np.float32)[nibbles[:n]] * np.repeat(absmax, state.blocksize)[:n]
-    return torch.from_numpy(values).view(*state.shape)
+    return torch.from_numpy(values).view(*state.shape).to(packed.device)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -88,10 +88,11 @@ def test_decoding_gives_the_golden_bytes(shape: tuple[int, int]) -> None:
     ],
 )
 def test_decoding_is_bit_exact_with_bitsandbytes(
-    shape: tuple[int, int], blocksize: int, dtype: torch.dtype, nested: bool
+    shape: tuple[int, int], blocksize: int, dtype: torch.dtype, nested: bool, device: str
 ) -> None:
     torch.manual_seed(0)
-    weight, (packed, state) = quantise(torch.randn(shape, dtype=dtype), blocksize=blocksize, nested=nested)
+    values = torch.randn(shape, dtype=dtype).to(device)
+    weight, (packed, state) = quantise(values, blocksize=blocksize, nested=nested)
     # bitsandbytes compiles the largest block sizes on some CPUs; numpy says the same there.
     expected = oracle(packed, state).to(dtype) if blocksize >= 2048 else dequantize_4bit(packed, state)
     assert torch.equal(decode(weight, dtype), expected)

@@ -73,9 +73,9 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 
 
 @pytest.fixture(scope="session")
-def base(base_folder: Path) -> BaseModel:
+def base(base_folder: Path, device: str) -> BaseModel:
     """The warm NF4 base that the tests of a session share, as jobs share it."""
-    return load_base_model(base_folder, quantization="nf4", device="cpu")
+    return load_base_model(base_folder, quantization="nf4", device=device)
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from graft_worker.data import (
     IGNORED,
     ChatEncoder,
@@ -23,8 +26,6 @@ from graft_worker.data import (
     split_rows,
 )
 from graft_worker.failures import TrainingFailure
-from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from .tiny import MARKED_TEMPLATE, PLAIN_TEMPLATE, conversation
 
@@ -195,7 +196,7 @@ def test_labels_are_the_next_tokens(tokenizer: PreTrainedTokenizerFast, write_js
 def test_too_many_rows_without_labels_end_the_job(
     tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., Path]
 ) -> None:
-    silent = {"messages": TWO_TURNS[:2]}
+    silent = {"messages": [*TWO_TURNS[:2], {**TWO_TURNS[2], "weight": 0}]}
     path = write_jsonl([conversation(0)] * 9 + [silent])
     with pytest.raises(TrainingFailure, match=r"1 of 10 conversations leave nothing to learn \(lines 10\)") as caught:
         encode_file(path, tokenizer, max_seq_length=128, param="validation_file")
@@ -213,18 +214,22 @@ def test_too_many_rows_without_labels_end_the_job(
     ("row", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "list of 'messages'"),
-        ({"messages": []}, "list of 'messages'"),
-        ({"messages": ["hi"]}, r"messages\[0\].role must be one of"),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, r"messages\[0\].role must be one of"),
-        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "list of text parts"),
-        ({"messages": [{"role": "assistant", "content": "hi", "weight": 2}]}, "weight must be 0 or 1"),
-        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "use 'tool_calls'"),
-        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, "objects with a 'function'"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "are not JSON"),
-        ({"messages": TWO_TURNS, "tools": "x"}, "'tools' must be a list"),
-        ({"messages": TWO_TURNS, "functions": [{}]}, "use 'tools'"),
+        ("[1]", "a row must be an object"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": ["hi"]}, r"messages\[0\]: a message must be an object"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, r"messages\[0\].role: must be one of"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content: must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text parts"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no assistant message"),
+        ({"messages": [{"role": "assistant", "content": "hi", "weight": 2}]}, "weight: must be 0 or 1"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "function_call: unknown field"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, r"tool_calls\[0\]: must be"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "the arguments are not JSON",
+        ),
+        ({"messages": TWO_TURNS, "tools": "x"}, "tools: must be a list"),
+        ({"messages": TWO_TURNS, "functions": [{}]}, "functions: unknown field"),
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(
@@ -252,10 +257,10 @@ def test_templates_that_will_not_do_are_refused(
 
 
 def test_bytes_are_read_as_utf8_with_or_without_a_mark() -> None:
-    with pytest.raises(RowError, match="not valid JSON"):
+    with pytest.raises(RowError, match="not valid UTF-8"):
         parse_row(b"\xff")
-    messages, _ = parse_row(b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "hi"}]}')
-    assert messages == [{"role": "user", "content": "hi"}]
+    messages, _ = parse_row(b'\xef\xbb\xbf{"messages": [{"role": "assistant", "content": "hi"}]}')
+    assert messages == [{"role": "assistant", "content": "hi", "weight": 1}]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:

@@ -25,11 +25,13 @@ from graft_worker.trainer import StepMetrics, learning_rate_at, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
-def reference_model(folder: Path, settings: LoraSettings, dtype: torch.dtype) -> Any:
+def reference_model(folder: Path, settings: LoraSettings, dtype: torch.dtype, device: str) -> Any:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
+    )
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=int(settings.alpha),
@@ -42,30 +44,31 @@ def reference_model(folder: Path, settings: LoraSettings, dtype: torch.dtype) ->
 
 def losses(model: Any, rows: list[Row], micro_batch_size: int) -> Any:
     """(summed loss, of each micro-batch in turn): all logits, then the labels picked out."""
-    for batch in micro_batches(rows, micro_batch_size, pad_token_id=0):
+    for cpu_batch in micro_batches(rows, micro_batch_size, pad_token_id=0):
+        batch = cpu_batch.to(model.device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
         yield F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sixty_steps_follow_peft_and_bitsandbytes(
-    dtype: torch.dtype, make_spec: Callable[..., TrainingSpec], base_folder: Path
+    dtype: torch.dtype, make_spec: Callable[..., TrainingSpec], base_folder: Path, device: str
 ) -> None:
     settings = LoraSettings(r=8, alpha=16, use_rslora=True)
     spec = make_spec(n_epochs=10, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01, lora=settings)
     recipe = spec.recipe
-    base = load_base_model(base_folder, quantization="nf4", device="cpu", compute_dtype=dtype)
+    base = load_base_model(base_folder, quantization="nf4", device=device, compute_dtype=dtype)
     initial = lora.attach(base.model, settings, recipe.seed).state_dict()
     lora.detach(base.model)
     events = list(train(spec, base, lambda: None))
     ours = [event for event in events if isinstance(event, StepMetrics)]
 
-    model = reference_model(base_folder, settings, dtype)
+    model = reference_model(base_folder, settings, dtype, device)
     loaded = peft.set_peft_model_state_dict(model, initial)
     assert not loaded.unexpected_keys
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     assert isinstance(layer, Linear4bit)
-    x = torch.randn(3, layer.in_features, dtype=dtype)
+    x = torch.randn(128, layer.in_features, dtype=dtype, device=device)
     explicit = F.linear(x, dequantize_4bit(layer.weight, layer.weight.quant_state).to(dtype))
     assert torch.equal(layer(x), explicit)  # the reference decodes, then multiplies
 

@@ -77,8 +77,12 @@ def test_the_result_file_has_openais_columns_and_a_line_per_step(make_spec: Make
         assert (line["valid_loss"] == "") == (event.full_valid_loss is None)
 
 
-def test_how_a_step_is_cut_does_not_change_what_is_learnt(make_spec: MakeSpec, base: BaseModel) -> None:
-    """1 x 4 = 2 x 2 = 4 x 1, with unequal numbers of trained tokens and a last step of another size."""
+def test_how_a_step_is_cut_does_not_change_what_is_learnt(make_spec: MakeSpec, base_folder: Path, device: str) -> None:
+    """1 x 4 = 2 x 2 = 4 x 1, with unequal numbers of trained tokens and a last step of another size.
+
+    In fp32 everywhere: in bf16 products of another shape round differently, by more than the bound.
+    """
+    base = load_base_model(base_folder, quantization="nf4", device=device, compute_dtype=torch.float32)
     runs = {
         size: run(make_spec(f"cut-{size}", micro_batch_size=size, batch_size=4, max_grad_norm=0.0, n_epochs=1), base)
         for size in (1, 2, 4)
@@ -123,7 +127,7 @@ def test_eight_bit_optimizers_learn_the_same(optimizer: str, make_spec: MakeSpec
         exact.final_metrics["full_valid_loss"], abs=0.1 * gained
     )
     warned = any(isinstance(event, Log) and "page" in event.message for event in events)
-    assert warned == optimizer.startswith("paged")
+    assert warned == (optimizer.startswith("paged") and base.device.type == "cpu")
 
 
 def test_a_split_replaces_a_missing_validation_file(make_spec: MakeSpec, base: BaseModel) -> None:

@@ -98,6 +98,8 @@ def load_base_model(
         TrainingFailure: base_model_unavailable, unsafe_weights, unsupported_base_model, out_of_memory.
     """
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # tensors always know their index, and are compared with it
+        device = torch.device("cuda", torch.cuda.current_device())
     compute_dtype = compute_dtype or default_compute_dtype(device)
     folder = _resolve(str(source), revision)
     shards = _weight_files(folder, str(source))

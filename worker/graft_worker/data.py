@@ -29,11 +29,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from graft import strict_json
+from graft.datasets import check_row
+from graft.strict_json import StrictJsonError
 from graft_worker.failures import FailureCode, TrainingFailure
 
 IGNORED = -100
 MAX_SHARE_WITHOUT_LABELS = 0.05
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PRIVATE_USE = range(0xE000, 0xF900)
 _NUM_LINES_SHOWN = 10
@@ -124,7 +126,7 @@ def encode_file(
             if not raw.strip():
                 continue
             try:
-                messages, tools = parse_row(raw)
+                messages, tools = parse_row(raw, line)
                 encoded = encoder.encode(messages, tools, train_on_inputs=train_on_inputs)
             except RowError as error:
                 raise TrainingFailure(error.code, f"Line {line}: {error}", param) from error
@@ -198,76 +200,47 @@ class RowError(ValueError):
         self.code = code
 
 
-def parse_row(raw: bytes) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def parse_row(raw: bytes, line: int = 1) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """(messages, tools) of one line, in the form chat templates expect.
 
-    Contents become strings (text parts are joined), arguments of tool calls become objects, and every assistant
-    message has a `weight`. The API has checked the file already, so this says what is wrong but not how to mend it.
+    The rules are the API's own. Contents become strings (text parts are joined), arguments of tool calls become
+    objects, and every assistant message has a `weight`.
 
     Raises:
         RowError: `invalid_file_format`.
     """
     try:
-        row = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError) as error:
-        raise RowError("invalid_file_format", f"not valid JSON ({error}).") from error
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise RowError("invalid_file_format", "expected an object with a list of 'messages'.")
-    tools = row.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("invalid_file_format", "'tools' must be a list of objects.")
-    if row.get("functions"):
-        raise RowError("invalid_file_format", "'functions' is not supported; use 'tools'.")
-    return [_message(message, index) for index, message in enumerate(row["messages"])], tools
+        row = strict_json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+    except StrictJsonError as error:
+        raise RowError("invalid_file_format", error.message) from error
+    for fault in check_row(row, line):
+        where = f"{fault.path}: " if fault.path else ""
+        raise RowError("invalid_file_format", f"{where}{fault.message}")
+    return [_message(message) for message in row["messages"]], row.get("tools") or None
 
 
-def _message(message: Any, index: int) -> Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
-        raise RowError("invalid_file_format", f"{where}.role must be one of {', '.join(_ROLES)}.")
-    if message.get("function_call"):
-        raise RowError("invalid_file_format", f"{where}.function_call is not supported; use 'tool_calls'.")
-    clean: Message = {"role": message["role"], "content": _text(message.get("content"), where)}
-    for key in ("name", "tool_call_id"):
+def _message(message: Message) -> Message:
+    content = message.get("content") or ""
+    clean: Message = {
+        "role": message["role"],
+        "content": content if isinstance(content, str) else "".join(part["text"] for part in content),
+    }
+    for key in ("name", "tool_call_id", "reasoning_content"):
         if message.get(key) is not None:
             clean[key] = message[key]
     if message.get("tool_calls"):
-        clean["tool_calls"] = _tool_calls(message["tool_calls"], where)
+        clean["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     if message["role"] == "assistant":
-        clean["weight"] = message.get("weight", 1)
-        if clean["weight"] not in (0, 1):
-            raise RowError("invalid_file_format", f"{where}.weight must be 0 or 1.")
+        clean["weight"] = 1 if message.get("weight") is None else message["weight"]
     return clean
 
 
-def _text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise RowError("invalid_file_format", f"{where}.content must be a string or a list of text parts.")
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise RowError("invalid_file_format", f"{where}.tool_calls must be a list.")
-    clean = []
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-            raise RowError("invalid_file_format", f"{where}.tool_calls must hold objects with a 'function'.")
-        function = dict(call["function"])
-        # OpenAI sends the arguments as a JSON string; templates write them out with `tojson`, which wants the object.
-        if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError as error:
-                raise RowError("invalid_file_format", f"{where}: a tool call's arguments are not JSON.") from error
-        clean.append({**call, "function": function})
-    return clean
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    # OpenAI sends the arguments as a JSON string; templates write them out with `tojson`, which wants the object.
+    function = dict(call["function"])
+    if isinstance(function.get("arguments"), str):
+        function["arguments"] = json.loads(function["arguments"])
+    return {**call, "function": function}
 
 
 # A conversation -------------------------------------------------------------------------------------------------------

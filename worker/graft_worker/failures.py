@@ -16,6 +16,7 @@ FailureCode = Literal[
     "no_validation_data",  # early stopping without anything to watch
     "unsupported_target_module",  # no such linear layer in this base model
     "non_finite_loss",  # the loss or a gradient became NaN or infinite
+    "device_unavailable",  # the device of GRAFT_DEVICE is not there
     "out_of_memory",
     "checkpoint_corrupt",  # a file of the checkpoint is missing or altered
     "checkpoint_mismatch",  # the checkpoint belongs to another recipe, file or base model

@@ -17,7 +17,8 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictR
 
 
 # The two downloads stand first: the plain route below takes a name with slashes, and so every path.
-@router.api_route("/{adapter:path}/download", methods=["GET", "HEAD"], response_class=Response)
+@router.head("/{adapter:path}/download", response_class=Response, include_in_schema=False)
+@router.get("/{adapter:path}/download", response_class=Response)
 def download_adapter(
     adapter: str, request: Request, caller: CallerDep, service: ServiceDep, session: ReadDep
 ) -> Response:
@@ -33,7 +34,8 @@ def download_adapter(
     )
 
 
-@router.api_route("/{adapter:path}/files/{name}", methods=["GET", "HEAD"], response_class=Response)
+@router.head("/{adapter:path}/files/{name}", response_class=Response, include_in_schema=False)
+@router.get("/{adapter:path}/files/{name}", response_class=Response)
 def download_adapter_file(
     adapter: str, name: str, request: Request, caller: CallerDep, service: ServiceDep, session: ReadDep
 ) -> Response:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from graft.errors import NotFound
+from graft.errors import NotFound, RangeNotSatisfiable
 from graft.storage import Storage
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -34,10 +34,11 @@ def send(request: Request, storage: Storage, *, sha256: str, size: int, filename
         return Response(status_code=304, headers=headers)
     start, stop, status = 0, size, 200
     asked = request.headers.get("range")
-    if asked is not None and request.headers.get("if-range", etag) == etag:
+    # A range is defined for GET alone (RFC 9110, 14.2).
+    if asked is not None and request.method == "GET" and request.headers.get("if-range", etag) == etag:
         wanted = _parse_range(asked, size)
         if wanted == "unsatisfiable":
-            return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+            raise RangeNotSatisfiable(size)
         if isinstance(wanted, tuple):
             start, stop, status = *wanted, 206
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"

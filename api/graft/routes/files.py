@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -67,7 +68,7 @@ async def upload(request: Request, caller: CallerDep, service: ServiceDep) -> Fi
     most = service.settings.max_upload_bytes
     declared = request.headers.get("content-length", "")
     # The envelope around the file is small; past this, there is no need to read on to know the answer.
-    if declared.isdigit() and int(declared) > most + 65536:
+    if declared.isdecimal() and int(declared) > most + 65536:
         raise _too_large(most)
     async with request.form(max_files=2, max_fields=16, max_part_size=4096) as form:
         if unknown := sorted(set(form) - _FIELDS):
@@ -109,7 +110,7 @@ def _expires_in(anchor: object, seconds: object) -> int | None:
         return None
     if anchor != "created_at":
         raise InvalidRequest("expires_after[anchor] must be 'created_at'.", code="invalid_value", param="expires_after")
-    if not isinstance(seconds, str) or not seconds.isdigit() or not 3600 <= int(seconds[:9]) <= 2_592_000:
+    if not isinstance(seconds, str) or not re.fullmatch("[0-9]{4,7}", seconds) or not 3600 <= int(seconds) <= 2_592_000:
         raise InvalidRequest(
             "expires_after[seconds] must be 3600 to 2592000.", code="invalid_value", param="expires_after"
         )
@@ -138,7 +139,8 @@ def retrieve_file(file_id: str, caller: CallerDep, session: ReadDep) -> FileObje
     return wire(files.get(session, caller.project_id, file_id))
 
 
-@router.api_route("/{file_id}/content", methods=["GET", "HEAD"], response_class=Response)
+@router.head("/{file_id}/content", response_class=Response, include_in_schema=False)
+@router.get("/{file_id}/content", response_class=Response)
 def file_content(file_id: str, request: Request, caller: CallerDep, service: ServiceDep, session: ReadDep) -> Response:
     """The file's bytes; ranges and conditional requests are honoured."""
     row = files.get(session, caller.project_id, file_id)

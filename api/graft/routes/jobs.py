@@ -31,19 +31,21 @@ from graft.tenancy import Caller
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictRoute)
 
 Limit = Annotated[int, Query(ge=1, le=100)]
+MAX_FILTERS = 16  # as many as a job can have entries
 EventLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
 def wire(job: Job, organization_id: str) -> JobObject:
     """A row as OpenAI shows it, with Graft's fields beside."""
-    named = resolve.hyperparameters(JobCreate.model_validate(job.request))
     recipe = job.recipe
+    # Not parsed as a request again: an old job is shown as it was, whatever the rules have become since.
+    asked = ((job.request.get("method") or {}).get("supervised") or {}).get("hyperparameters")
+    named = asked or job.request.get("hyperparameters") or {}
+    multiplier = named.get("learning_rate_multiplier", "auto")
     hyperparameters = HyperparametersObject(
-        n_epochs=named.n_epochs if recipe is None else recipe["n_epochs"],
-        batch_size=named.batch_size if recipe is None else recipe["batch_size"],
-        learning_rate_multiplier=1.0
-        if recipe is not None and named.learning_rate_multiplier == "auto"
-        else named.learning_rate_multiplier,
+        n_epochs=named.get("n_epochs", "auto") if recipe is None else recipe["n_epochs"],
+        batch_size=named.get("batch_size", "auto") if recipe is None else recipe["batch_size"],
+        learning_rate_multiplier=1.0 if recipe is not None and multiplier == "auto" else multiplier,
     )
     return JobObject(
         id=job.id,
@@ -103,7 +105,7 @@ def wire_checkpoint(row: Checkpoint) -> CheckpointObject:
 
 @router.post("")
 async def create_job(body: JobCreate, request: Request, caller: CallerDep, service: ServiceDep) -> JobObject:
-    """Create a fine-tuning job. Sent again with the same Idempotency-Key, it answers with the job it made the first time."""
+    """Create a fine-tuning job. Sent again with the same Idempotency-Key, it answers with the job made before."""
     digest = hashlib.sha256(await request.body()).hexdigest()
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= 255 and key.isprintable() and key.isascii()):
@@ -139,22 +141,27 @@ def _find_or_create(
 
 @router.get("")
 def list_jobs(
-    request: Request, caller: CallerDep, session: ReadDep, after: str | None = None, limit: Limit = 20
+    request: Request,
+    caller: CallerDep,
+    session: ReadDep,
+    after: str | None = None,
+    limit: Limit = 20,
+    metadata: str | None = None,
 ) -> Page[JobObject]:
     """The project's jobs, newest first. `metadata[key]=value` filters; `metadata=null` finds jobs without any."""
-    labels = {}
-    for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            labels[name[len("metadata[") : -1]] = value
-        elif name not in ("after", "limit", "metadata"):
-            raise InvalidRequest(f"Unknown query parameter: '{name[:64]}'.", code="unknown_parameter", param=name[:64])
-    unlabelled = request.query_params.get("metadata")
-    if unlabelled not in (None, "null"):
+    labels = {
+        name[len("metadata[") : -1]: value
+        for name, value in request.query_params.multi_items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    if metadata not in (None, "null"):
         raise InvalidRequest(
             "Filter with metadata[key]=value, or with metadata=null.", code="invalid_value", param="metadata"
         )
+    if len(labels) > MAX_FILTERS:
+        raise InvalidRequest(f"At most {MAX_FILTERS} metadata filters.", code="invalid_value", param="metadata")
     rows, more = jobs.list_page(
-        session, caller.project_id, after=after, limit=limit, labels=labels, unlabelled=unlabelled == "null"
+        session, caller.project_id, after=after, limit=limit, labels=labels, unlabelled=metadata == "null"
     )
     return Page.of([wire(row, caller.organization_id) for row in rows], more)
 

@@ -1,0 +1,186 @@
+"""What the API's tests begin with: datasets, a catalogue, jobs in the state a test needs."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from openai import OpenAI
+
+from graft import files, jobs, tenancy
+from graft.adapters import AdapterContent
+from graft.app import create_app
+from graft.db import Database, now
+from graft.jobs import Claim
+from graft.models import File, Organization, Project
+from graft.recipe import Recipe
+from graft.schemas import JobCreate
+from graft.settings import Settings
+from graft.storage import DatabaseStorage, Stored
+from graft.tenancy import Caller
+
+CALLER = Caller(project_id=tenancy.DEFAULT_PROJECT, organization_id=tenancy.DEFAULT_ORGANIZATION)
+ALIAS = "gpt-4o-mini-2024-07-18"
+CATALOGUE = f"""
+[models.tiny]
+source = "./tiny"
+context_length = 512
+
+[models."acme/big"]
+source = "acme/big-20b"
+context_length = 8192
+parameters = 20_000_000_000
+
+[aliases]
+"{ALIAS}" = "tiny"
+"""
+
+
+def row(number: int = 0) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"What is {number} and one?"},
+            {"role": "assistant", "content": f"{number + 1}"},
+        ]
+    }
+
+
+def jsonl(count: int = 10) -> bytes:
+    return b"".join(json.dumps(row(number)).encode() + b"\n" for number in range(count))
+
+
+def write_catalogue(folder: Path) -> Path:
+    (folder / "tiny").mkdir(exist_ok=True)
+    path = folder / "models.toml"
+    path.write_text(CATALOGUE)
+    return path
+
+
+@dataclass
+class Service:
+    """The application over one database, driven without its housekeeping thread: `turn` does a round at once."""
+
+    app: FastAPI
+    database: Database
+    storage: DatabaseStorage
+    settings: Settings
+    key: str
+
+    @classmethod
+    def over(cls, database: Database, folder: Path, **settings: Any) -> Service:
+        chosen = Settings(data_dir=folder, models=write_catalogue(folder), **settings)
+        with database.write() as session:
+            key = tenancy.ensure_defaults(session, chosen.api_key)
+            if key is None:
+                key = tenancy.create_key(session, tenancy.DEFAULT_PROJECT, "test")[1]
+        return cls(create_app(chosen, database), database, DatabaseStorage(database), chosen, key)
+
+    def http(self, key: str | None = None) -> TestClient:
+        """A bare HTTP client that shows the given key, or the service's."""
+        return TestClient(self.app, headers={"Authorization": f"Bearer {key or self.key}"})
+
+    def stranger(self) -> TestClient:
+        """A bare HTTP client without a key."""
+        return TestClient(self.app)
+
+    def sdk(self, key: str | None = None) -> OpenAI:
+        """OpenAI's own client, as its users make it."""
+        return OpenAI(
+            api_key=key or self.key,
+            base_url="http://testserver/v1",
+            http_client=TestClient(self.app),
+            max_retries=0,
+        )
+
+    def turn(self) -> None:
+        self.app.state.service.housekeeping.turn()
+
+    def second_project(self) -> tuple[Caller, str]:
+        """Another organisation with a project and a key."""
+        with self.database.write() as session:
+            session.add(Organization(id="org-other", name="other", created_at=now()))
+            session.flush()
+            session.add(Project(id="proj_other", organization_id="org-other", name="other", created_at=now()))
+            session.flush()
+            return Caller("proj_other", "org-other"), tenancy.create_key(session, "proj_other", "other")[1]
+
+
+def dataset(database: Database, project_id: str = CALLER.project_id, content: bytes | None = None) -> File:
+    """An uploaded training file."""
+    return files.accept(
+        database,
+        DatabaseStorage(database),
+        project_id,
+        file=io.BytesIO(jsonl() if content is None else content),
+        filename="train.jsonl",
+        purpose="fine-tune",
+        expires_in=None,
+    )
+
+
+def new_job(database: Database, caller: Caller = CALLER, **body: Any) -> str:
+    """A job in `validating_files`."""
+    if "training_file" not in body:
+        body["training_file"] = dataset(database, caller.project_id).id
+    with database.write() as session:
+        request = JobCreate(**{"model": "tiny", **body})
+        return jobs.create(session, caller, request, base_model="tiny", key=None, body_sha256="0" * 64).id
+
+
+def queued_job(database: Database, caller: Caller = CALLER, **body: Any) -> str:
+    job_id = new_job(database, caller, **body)
+    with database.write() as session:
+        assert jobs.queue(session, job_id, Recipe(base_model="tiny"), [])
+    return job_id
+
+
+def claim(database: Database, job_id: str | None = None, *, worker: str = "w", lease: float = 60.0) -> Claim:
+    with database.write() as session:
+        held = jobs.claim(session, worker, lease_seconds=lease, job_id=job_id)
+    assert held is not None
+    return held
+
+
+def running_job(database: Database, caller: Caller = CALLER, *, lease: float = 60.0, **body: Any) -> Claim:
+    return claim(database, queued_job(database, caller, **body), lease=lease)
+
+
+def put(database: Database, content: bytes) -> Stored:
+    return DatabaseStorage(database).put([content])
+
+
+def adapter(database: Database, salt: str = "") -> tuple[AdapterContent, dict[str, bytes]]:
+    """A stored adapter, and the bytes of its archive and of its two files."""
+    parts = {
+        "adapter_config.json": json.dumps({"r": 16, "salt": salt}).encode(),
+        "adapter_model.safetensors": bytes(range(256)) * 8 * 1024 + salt.encode(),
+    }
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in parts.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    stored = {name: put(database, content) for name, content in parts.items()}
+    return AdapterContent(put(database, buffer.getvalue()), stored), {**parts, "archive": buffer.getvalue()}
+
+
+def add_checkpoint(database: Database, held: Claim, step: int, *, loss: float | None = None, keep: int = 3) -> bool:
+    content, _ = adapter(database, f"{held.job_id}-{step}")
+    state = put(database, f"state of {held.job_id} at {step}".encode())
+    with database.write() as session:
+        metrics = {"train_loss": 1.0, "full_valid_loss": loss}
+        return jobs.add_checkpoint(session, held, step=step, metrics=metrics, state=state, content=content, keep=keep)
+
+
+def succeed(database: Database, held: Claim) -> bool:
+    content, _ = adapter(database, held.job_id)
+    results = put(database, b"step,train_loss\n1,0.5\n")
+    with database.write() as session:
+        return jobs.succeed(session, held, step=7, trained_tokens=1234, content=content, results=results, events=[])

@@ -1,0 +1,365 @@
+"""The life of a job, at the level of its functions, on both databases."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import func, select, update
+
+from graft import adapters, files, jobs
+from graft.db import Database, now
+from graft.errors import Conflict
+from graft.jobs import Claim, Event
+from graft.models import Adapter, Checkpoint, Job, JobEvent, JobStatus, Outbox
+
+from . import given
+from .given import CALLER
+
+
+def look(database: Database, job_id: str) -> Job:
+    with database.read() as session:
+        return session.get_one(Job, job_id)
+
+
+def story(database: Database, job_id: str) -> list[JobEvent]:
+    with database.read() as session:
+        return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
+
+
+def lose_worker(database: Database, job_id: str) -> None:
+    """The lease ends, and a pause before the next try is over."""
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=now() - 1, not_before=0.0))
+
+
+def test_eight_workers_claim_fifty_jobs_each_exactly_once(database: Database) -> None:
+    training = given.dataset(database).id
+    wanted = {given.queued_job(database, training_file=training) for _ in range(50)}
+    start = threading.Barrier(8)
+
+    def work(name: str) -> list[str]:
+        start.wait()
+        mine = []
+        while True:
+            with database.write() as session:
+                held = jobs.claim(session, name, lease_seconds=60)
+            if held is not None:
+                mine.append(held.job_id)
+                continue
+            with database.read() as session:
+                if not jobs.is_due(session):
+                    return mine
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [job for mine in pool.map(work, [f"w{index}" for index in range(8)]) for job in mine]
+    assert Counter(taken) == dict.fromkeys(wanted, 1)
+    with database.read() as session:
+        rows = session.scalars(select(Job)).all()
+    assert {(job.status, job.attempt) for job in rows} == {("running", 1)}
+
+
+def test_the_oldest_job_is_claimed_first_and_a_named_one_when_named(database: Database) -> None:
+    first, second, third = (given.queued_job(database) for _ in range(3))
+    assert given.claim(database, third).job_id == third
+    assert [given.claim(database).job_id, given.claim(database).job_id] == [first, second]
+    with database.write() as session:
+        assert jobs.claim(session, "w", lease_seconds=60) is None
+
+
+def test_a_claim_holds_everything_the_worker_needs(database: Database) -> None:
+    held = given.running_job(database, suffix="my-model")
+    job = look(database, held.job_id)
+    assert (held.attempt, held.project_id, held.training_file) == (1, CALLER.project_id, job.training_file)
+    assert held.recipe.base_model == "tiny"
+    assert held.model_name == f"ft:tiny:default:my-model:{job.id[-8:]}"
+    assert job.started_at is not None
+    assert job.lease_until is not None
+    assert 55 < job.lease_until - job.started_at <= 61
+
+
+def every_write(database: Database, held: Claim) -> dict[str, bool]:
+    """What a worker can try to write, and whether it was let."""
+    done = {}
+    with database.write() as session:
+        done["beat"] = jobs.beat(session, held, lease_seconds=60, events=[Event("late")], progress={"step": 99})
+    done["add_checkpoint"] = given.add_checkpoint(database, held, 99)
+    done["succeed"] = given.succeed(database, held)
+    with database.write() as session:
+        done["fail"] = jobs.fail(session, held, code="late", message="late", param=None)
+        done["release"] = jobs.release(session, held, "late")
+        done["recover"] = jobs.recover(session, held, "late", max_recoveries=3)
+    return done
+
+
+REFUSED = dict.fromkeys(("beat", "add_checkpoint", "succeed", "fail", "release", "recover"), False)
+
+
+def test_an_old_attempt_can_write_nothing(database: Database) -> None:
+    old = given.running_job(database)
+    lose_worker(database, old.job_id)
+    with database.write() as session:
+        assert jobs.reap(session, max_recoveries=3) == [old.job_id]
+    lose_worker(database, old.job_id)
+    current = given.claim(database, old.job_id, worker="second")
+    assert current.attempt > old.attempt
+    events = len(story(database, old.job_id))
+
+    assert every_write(database, old) == REFUSED
+    job = look(database, old.job_id)
+    assert (job.status, job.attempt, job.step, job.lease_owner) == ("running", current.attempt, 0, "second")
+    assert len(story(database, old.job_id)) == events
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 0
+        assert session.scalar(select(func.count()).select_from(Checkpoint)) == 0
+    assert given.succeed(database, current)
+
+
+def test_cancelling_shuts_out_the_worker_at_once(database: Database) -> None:
+    held = given.running_job(database)
+    with database.write() as session:
+        job = jobs.cancel(session, CALLER.project_id, held.job_id)
+    assert (job.status, job.attempt) == ("cancelled", held.attempt + 1)
+    assert job.finished_at is not None
+    assert every_write(database, held) == REFUSED
+    assert look(database, held.job_id).status == "cancelled"
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cancel"])
+def test_an_ended_job_stays_ended(database: Database, end: str) -> None:
+    held = given.running_job(database)
+    if end == "succeed":
+        assert given.succeed(database, held)
+    elif end == "fail":
+        with database.write() as session:
+            assert jobs.fail(session, held, code="nan_loss", message="The loss is not a number.", param=None)
+    else:
+        with database.write() as session:
+            jobs.cancel(session, CALLER.project_id, held.job_id)
+    before = look(database, held.job_id)
+    with pytest.raises(Conflict), database.write() as session:
+        jobs.cancel(session, CALLER.project_id, held.job_id)
+    assert every_write(database, held) == REFUSED
+    lose_worker(database, held.job_id)
+    with database.write() as session:
+        assert jobs.reap(session, max_recoveries=3) == []
+        assert jobs.claim(session, "w", lease_seconds=60) is None
+        assert not jobs.queue(session, held.job_id, held.recipe, [])
+        assert not jobs.reject(session, held.job_id, code="x", message="x", param=None)
+    after = look(database, held.job_id)
+    assert (after.status, after.attempt, after.finished_at) == (before.status, before.attempt, before.finished_at)
+
+
+def test_a_beat_extends_the_lease_and_tells_what_happened(database: Database) -> None:
+    held = given.running_job(database, lease=1.0)
+    before = look(database, held.job_id)
+    with database.write() as session:
+        metrics = Event("Step 5/9: loss=0.5", type="metrics", data={"step": 5, "train_loss": 0.5})
+        progress = {"step": 5, "total_steps": 9, "trained_tokens": 100, "estimated_finish": 2e9}
+        assert jobs.beat(session, held, lease_seconds=60, events=[metrics], progress=progress)
+    job = look(database, held.job_id)
+    assert before.lease_until is not None
+    assert job.lease_until is not None
+    assert job.lease_until > before.lease_until + 50
+    assert (job.step, job.total_steps, job.trained_tokens, job.estimated_finish) == (5, 9, 100, 2e9)
+    last = story(database, held.job_id)[-1]
+    assert (last.type, last.level, last.data) == ("metrics", "info", {"step": 5, "train_loss": 0.5})
+
+
+def test_a_job_is_taken_back_only_when_its_lease_is_over(database: Database) -> None:
+    held = given.running_job(database)
+    with database.read() as session:
+        assert not jobs.has_silent(session)
+    with database.write() as session:
+        assert jobs.reap(session, max_recoveries=3) == []
+    lose_worker(database, held.job_id)
+    with database.read() as session:
+        assert jobs.has_silent(session)
+    with database.write() as session:
+        assert jobs.reap(session, max_recoveries=3) == [held.job_id]
+    job = look(database, held.job_id)
+    assert (job.status, job.recoveries, job.attempt) == ("queued", 1, held.attempt + 1)
+    with database.write() as session:  # not at once: what killed the worker may still be there
+        assert jobs.claim(session, "w", lease_seconds=60) is None
+    assert [event.level for event in story(database, job.id)][-1] == "warn"
+
+
+def test_too_many_lost_workers_fail_the_job(database: Database) -> None:
+    job_id = given.queued_job(database)
+    for _ in range(3):
+        given.claim(database, job_id)
+        lose_worker(database, job_id)
+        with database.write() as session:
+            assert jobs.reap(session, max_recoveries=2) == [job_id]
+        lose_worker(database, job_id)
+    job = look(database, job_id)
+    assert (job.status, job.error_code, job.recoveries) == ("failed", "worker_lost", 2)
+    assert job.error_message is not None
+    assert "3 times" in job.error_message
+    assert job.finished_at is not None
+    assert story(database, job_id)[-1].level == "error"
+
+
+def test_a_new_checkpoint_starts_the_count_of_losses_again_and_a_known_one_does_not(database: Database) -> None:
+    job_id = given.queued_job(database)
+
+    def lose() -> None:
+        lose_worker(database, job_id)
+        with database.write() as session:
+            assert jobs.reap(session, max_recoveries=9) == [job_id]
+        lose_worker(database, job_id)
+
+    given.claim(database, job_id)
+    lose()
+    assert given.add_checkpoint(database, given.claim(database, job_id), 10)
+    assert look(database, job_id).recoveries == 0
+    lose()
+    assert given.add_checkpoint(database, given.claim(database, job_id), 10)
+    assert look(database, job_id).recoveries == 1
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Checkpoint)) == 1
+
+
+def test_a_stopping_worker_gives_its_job_back_without_a_loss(database: Database) -> None:
+    held = given.running_job(database)
+    with database.write() as session:
+        assert jobs.release(session, held, "The worker is stopping")
+    job = look(database, held.job_id)
+    assert (job.status, job.recoveries, job.lease_until) == ("queued", 0, None)
+    again = given.claim(database, held.job_id)
+    assert again.attempt == held.attempt + 1
+    assert again.model_name == held.model_name
+    assert look(database, held.job_id).started_at == job.started_at
+    assert story(database, held.job_id)[-1].message == "Fine-tuning job taken up again (attempt 2)"
+
+
+def test_events_are_numbered_without_gaps_whoever_writes(database: Database) -> None:
+    held = given.running_job(database)
+    begun = len(story(database, held.job_id))
+
+    def tell(writer: int) -> None:
+        for number in range(10):
+            with database.write() as session:
+                events = [Event(f"{writer}.{number}.{part}") for part in range(2)]
+                assert jobs.beat(session, held, lease_seconds=60, events=events)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(tell, range(6)))
+    told = story(database, held.job_id)
+    assert [event.seq for event in told] == list(range(1, begun + 120 + 1))
+    assert len({event.id for event in told}) == len(told)
+    for writer in range(6):  # each writer's own stay in order
+        mine = [event.message for event in told if event.message.startswith(f"{writer}.")]
+        assert mine == [f"{writer}.{number}.{part}" for number in range(10) for part in range(2)]
+
+
+def test_the_last_training_states_and_the_best_are_kept(database: Database) -> None:
+    held = given.running_job(database)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.6)):
+        assert given.add_checkpoint(database, held, step, loss=loss, keep=2)
+    with database.read() as session:
+        assert [state.step for state in jobs.latest_states(session, held.job_id)] == [5, 4, 2]
+        rows = session.scalars(select(Checkpoint).order_by(Checkpoint.step)).all()
+        assert [row.model for row in rows] == [f"{held.model_name}:ckpt-step-{step}" for step in range(1, 6)]
+        for row in rows:  # the adapters of all of them stay
+            found = adapters.get(session, CALLER.project_id, row.model)
+            assert (found.step, found.is_final) == (row.step, False)
+
+
+def test_without_validation_only_the_last_states_are_kept(database: Database) -> None:
+    held = given.running_job(database)
+    for step in range(1, 5):
+        assert given.add_checkpoint(database, held, step, keep=1)
+    with database.read() as session:
+        assert [state.step for state in jobs.latest_states(session, held.job_id)] == [4]
+
+
+def test_success_shows_adapter_result_and_status_together(database: Database) -> None:
+    held = given.running_job(database)
+    assert given.add_checkpoint(database, held, 3)
+    content, _ = given.adapter(database, "final")
+    results = given.put(database, b"step,train_loss\n")
+    with database.write() as session:
+        assert jobs.succeed(
+            session, held, step=7, trained_tokens=99, content=content, results=results, events=[Event("done")]
+        )
+        # Not committed yet: another session sees the running job and nothing of its result.
+        with database.read() as other:
+            seen = other.get_one(Job, held.job_id)
+            assert (seen.status, seen.adapter_id, seen.result_file) == ("running", None, None)
+            assert other.scalar(select(func.count()).select_from(Adapter).where(Adapter.is_final)) == 0
+    job = look(database, held.job_id)
+    assert (job.status, job.step, job.trained_tokens) == ("succeeded", 7, 99)
+    assert job.fine_tuned_model == held.model_name
+    assert job.adapter_id is not None
+    assert job.result_file is not None
+    with database.read() as session:
+        assert adapters.get(session, CALLER.project_id, job.adapter_id).model == held.model_name
+        assert files.get(session, CALLER.project_id, job.result_file).purpose == "fine-tune-results"
+        assert jobs.latest_states(session, job.id) == []  # nothing will be resumed any more
+    assert [event.message for event in story(database, job.id)][-3:] == [
+        "done",
+        f"New fine-tuned model created: {held.model_name}",
+        "The job has successfully completed",
+    ]
+
+
+def test_a_success_that_cannot_be_written_whole_is_not_written_at_all(database: Database) -> None:
+    held = given.running_job(database)
+    content, _ = given.adapter(database, "final")
+    stored = content.archive
+
+    def fall_over() -> None:
+        with database.write() as session:
+            assert jobs.succeed(session, held, step=7, trained_tokens=9, content=content, results=stored, events=[])
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fall_over()
+    assert look(database, held.job_id).status == "running"
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 0
+    assert given.succeed(database, held)
+
+
+def test_a_failure_says_why(database: Database) -> None:
+    held = given.running_job(database)
+    with database.write() as session:
+        assert jobs.fail(session, held, code="out_of_memory", message="12 GiB are needed.", param="max_seq_length")
+    job = look(database, held.job_id)
+    assert (job.status, job.error_code, job.error_message, job.error_param) == (
+        "failed",
+        "out_of_memory",
+        "12 GiB are needed.",
+        "max_seq_length",
+    )
+    last = story(database, job.id)[-1]
+    assert (last.level, last.message) == ("error", "The job failed: 12 GiB are needed.")
+
+
+def test_a_lost_engine_counts_as_a_lost_worker(database: Database) -> None:
+    held = given.running_job(database)
+    with database.write() as session:
+        assert jobs.recover(session, held, "the engine was killed", max_recoveries=3)
+    job = look(database, held.job_id)
+    assert (job.status, job.recoveries) == (JobStatus.QUEUED, 1)
+    assert "the engine was killed" in story(database, job.id)[-1].message
+
+
+def test_every_way_into_the_queue_leaves_a_nudge(database: Database) -> None:
+    def nudges() -> int:
+        with database.read() as session:
+            return session.scalar(select(func.count()).select_from(Outbox)) or 0
+
+    held = given.running_job(database)
+    assert nudges() == 1
+    with database.write() as session:
+        jobs.release(session, held, "stopping")
+    assert nudges() == 2
+    given.claim(database, held.job_id)
+    lose_worker(database, held.job_id)
+    with database.write() as session:
+        jobs.reap(session, max_recoveries=3)
+    assert nudges() == 3

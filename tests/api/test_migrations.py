@@ -1,0 +1,154 @@
+"""The schema: from nothing to now, on both databases, by anybody at any time, and never backwards by accident."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from fastapi.testclient import TestClient
+from sqlalchemy import func, inspect, select, text
+
+from graft import tenancy
+from graft.app import create_app
+from graft.db import Base, Database, head_revision, migrations_folder
+from graft.errors import ConfigurationError
+from graft.models import Organization
+from graft.settings import Settings
+
+from . import given
+
+
+@pytest.fixture
+def empty(database_url: str) -> Iterator[Database]:
+    """A database without any table."""
+    opened = Database(database_url)
+    yield opened
+    opened.dispose()
+
+
+def tables(database: Database) -> set[str]:
+    return set(inspect(database.engine).get_table_names())
+
+
+def alembic(database: Database, action: str, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()))
+    with database.engine.connect() as connection:
+        config.attributes["connection"] = connection
+        getattr(command, action)(config, revision)
+        connection.commit()
+
+
+def test_from_nothing_to_the_tables_of_the_models(empty: Database) -> None:
+    with pytest.raises(ConfigurationError, match=r"at version none.*Run `graft migrate`"):
+        empty.require_current()
+    empty.migrate()
+    empty.require_current()
+    assert tables(empty) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_migrations_and_models_agree(empty: Database) -> None:
+    empty.migrate()
+    with empty.engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True, "render_as_batch": empty.is_sqlite}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_migrating_again_changes_nothing(empty: Database) -> None:
+    empty.migrate()
+    with empty.write() as session:
+        tenancy.ensure_defaults(session, None)
+    held = given.running_job(empty)
+    assert given.succeed(empty, held)
+    empty.migrate()
+    empty.migrate()
+    with empty.read() as session:
+        assert session.scalar(select(func.count()).select_from(Organization)) == 1
+    assert tables(empty) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_threads_may_migrate_together(database_url: str) -> None:
+    def migrate(_: int) -> None:
+        database = Database(database_url)
+        database.migrate()
+        database.require_current()
+        database.dispose()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(migrate, range(4)))
+
+
+def test_processes_may_migrate_together(database_url: str, tmp_path: Path) -> None:
+    """As two services that are started at the same moment do: both come up, and one key is made."""
+    environment = {**os.environ, "GRAFT_DATABASE_URL": database_url, "GRAFT_DATA_DIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "graft.cli", "migrate"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("shown only now" in output for output in outputs) == 1
+
+
+def test_a_newer_database_is_refused_and_left_alone(empty: Database, tmp_path: Path) -> None:
+    empty.migrate()
+    with empty.write() as session:
+        session.execute(text("update alembic_version set version_num = '9999'"))
+    for refuse in (empty.migrate, empty.require_current):
+        with pytest.raises(ConfigurationError) as caught:
+            refuse()
+        assert "is at version 9999" in caught.value.message
+        assert f"head {head_revision()}" in caught.value.message
+        assert "written by a newer Graft" in caught.value.message
+    assert tables(empty) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_down_to_nothing_and_up_again(empty: Database) -> None:
+    empty.migrate()
+    alembic(empty, "downgrade", "base")
+    assert tables(empty) == {"alembic_version"}
+    empty.migrate()
+    assert tables(empty) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_readiness_tells_of_a_schema_of_another_version(empty: Database, tmp_path: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path, models=given.write_catalogue(tmp_path)), empty)
+    http = TestClient(app)
+    assert http.get("/readyz").status_code == 503
+    assert "graft migrate" in http.get("/readyz").json()["reason"]
+    assert http.get("/healthz").status_code == 200
+    empty.migrate()
+    assert http.get("/readyz").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("mysql://localhost/x", "'mysql' is not supported"),
+        ("sqlite://", "cannot be shared"),
+        ("nonsense", "cannot be used"),
+        ("sqlite:////no/such/folder/graft.db", "cannot be opened"),
+        ("postgresql://user:secret@127.0.0.1:1/x", "cannot be opened"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(url: str, word: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Database(url).migrate()
+    assert word in caught.value.message
+    assert "secret" not in caught.value.message

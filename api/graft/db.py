@@ -137,14 +137,7 @@ class Database:
             if backend == "sqlite":
                 self.engine = _sqlite_engine(parsed)
             else:
-                self.engine = create_engine(
-                    parsed,
-                    pool_pre_ping=True,
-                    pool_size=10,
-                    max_overflow=20,
-                    pool_timeout=5,
-                    connect_args={"connect_timeout": 5},
-                )
+                self.engine = _postgresql_engine(parsed)
         except (ArgumentError, NoSuchModuleError) as error:
             raise ConfigurationError(f"GRAFT_DATABASE_URL cannot be used: {error}") from error
         self._writer = self.engine.execution_options(**WRITE)
@@ -229,6 +222,20 @@ class Database:
 
     def _shown(self) -> str:
         return self.url.render_as_string(hide_password=True)
+
+
+def _postgresql_engine(url: Any) -> Engine:
+    engine = create_engine(
+        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5}
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: Any) -> None:
+        # A process that is frozen inside a transaction would hold its rows, and hide its job from the reaper, for ever.
+        connection.execute("set idle_in_transaction_session_timeout = '30s'")
+        connection.commit()
+
+    return engine
 
 
 def _sqlite_engine(url: Any) -> Engine:

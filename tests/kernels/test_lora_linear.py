@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from torch.utils.checkpoint import checkpoint
+
 from graft_kernels.lora_linear import dropout_mask, lora_linear, lora_linear_reference
 from graft_kernels.nf4 import NF4Weight, decode
-from torch.utils.checkpoint import checkpoint
 
 SHAPES = [((1,), 8, 16), ((7,), 33, 20), ((2, 5), 64, 48), ((3, 1, 4), 17, 64)]
 RANKS = [1, 3, 48, 256]

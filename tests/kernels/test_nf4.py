@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
 from graft_kernels.nf4 import NF4_CODE, NF4Weight, decode, decode_absmax
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from graft.recipe import LoraSettings, Recipe
 from graft_worker.base_model import BaseModel, load_base_model
 from graft_worker.spec import TrainingSpec
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .tiny import CONTROL_TOKENS, MARKED_TEMPLATE, conversation
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
 from graft.recipe import LoraSettings
 from graft_kernels.nf4 import NF4Weight, decode
 from graft_worker import lora
 from graft_worker.base_model import ARCHITECTURES, BaseModel, load_base_model
 from graft_worker.failures import TrainingFailure
 from graft_worker.lora import LoraLinear
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture

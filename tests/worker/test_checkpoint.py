@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from graft.recipe import EarlyStopping, LoraSettings
 from graft_worker.base_model import BaseModel
 from graft_worker.failures import TrainingFailure

@@ -12,15 +12,16 @@ import peft
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from graft.recipe import LoraSettings
 from graft_worker import lora
 from graft_worker.base_model import BaseModel
 from graft_worker.data import encode_file, micro_batches
 from graft_worker.spec import TrainingSpec
 from graft_worker.trainer import train
-from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 MakeSpec = Callable[..., TrainingSpec]
 SETTINGS = LoraSettings(r=6, alpha=9, use_rslora=True, dropout=0.1)

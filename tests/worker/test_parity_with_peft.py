@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from graft.recipe import LoraSettings
 from graft_worker import lora
 from graft_worker.base_model import load_base_model
 from graft_worker.data import IGNORED, Row, encode_file, epoch_order, micro_batches, rows_of_step
 from graft_worker.spec import TrainingSpec
 from graft_worker.trainer import StepMetrics, learning_rate_at, train
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def reference_model(folder: Path, settings: LoraSettings, dtype: torch.dtype, device: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from graft.recipe import EarlyStopping, LoraSettings, Recipe
 from graft_worker import lora
 from graft_worker.base_model import BaseModel, load_base_model

@@ -10,16 +10,15 @@ import sys
 from graft import logs
 from graft.errors import ConfigurationError
 from graft.settings import load_settings
-
 from graft_worker.processes import die_with_parent
 from graft_worker.supervisor import supervisor
 from graft_worker.tasks import look_for_work
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT. `--embedded`: also end with the service that started us."""
-    if "--embedded" in sys.argv[1:]:
-        die_with_parent(signal.SIGTERM)
+    """Run until SIGTERM or SIGINT. `--embedded PID`: also end with that service, which started us."""
+    if sys.argv[1:2] == ["--embedded"]:
+        die_with_parent(signal.SIGTERM, int(sys.argv[2]))
     try:
         settings = load_settings()
         logs.configure(settings.log_level)
@@ -30,7 +29,7 @@ def main() -> int:
                 run_celery(made, settings)
             else:
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, lambda *_: made.stop.set())
+                    signal.signal(number, lambda *_: made.leave())
                 look_for_work(made, settings)
     except ConfigurationError as error:
         print(f"graft worker: {error.message}", file=sys.stderr)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
+from celery.platforms import SecurityWarning
 from celery.signals import worker_shutting_down
+
 from graft.queue import QUEUE, TASK, celery_app
 from graft.settings import Settings
-
 from graft_worker.supervisor import Supervisor
 from graft_worker.tasks import finetune, start_looking
 
@@ -25,9 +27,14 @@ def run_celery(supervisor: Supervisor, settings: Settings) -> None:
         finetune(supervisor, job_id)
 
     def stop(**kwargs: Any) -> None:
-        supervisor.stop.set()
+        supervisor.leave()
 
     worker_shutting_down.connect(stop)
+    # Its lines about a task repeat ours about the job; its warning to root is of pickle, which is not accepted here.
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(max(logging.getLogger().level, logging.WARNING))
+    warnings.simplefilter("ignore", SecurityWarning)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)  # what it will change in its next version
     looking = start_looking(supervisor, settings)
     try:
         # Threads, one of them: training happens in the engine's process, and this one must keep answering the broker.
@@ -40,6 +47,8 @@ def run_celery(supervisor: Supervisor, settings: Settings) -> None:
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,
+            quiet=True,
+            redirect_stdouts=False,
         )
         worker.start()
     finally:

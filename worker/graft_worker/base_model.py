@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_4bit
-from graft.recipe import Quantization
-from graft_kernels.nf4 import NF4Weight
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,6 +31,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from graft.recipe import Quantization
+from graft_kernels.nf4 import NF4Weight
 from graft_worker.failures import TrainingFailure
 from graft_worker.lora import LoraLinear
 

@@ -1,7 +1,7 @@
 """The child process: holds the device and the warm base model, runs one job after another. Never touches the database.
 
 It speaks JSON lines over two pipes. In: `{"kind": "run", "spec": ...}` and `{"kind": "stop", "reason": ...}`. Out: the
-trainer's events, and at the end of a job `finished`, `stopped`, `failed` (a named cause) or `crashed` (a fault of ours).
+trainer's events, and at the end of a job `finished`, `stopped`, `failed` (a named cause) or `crashed` (our own fault).
 If the pipe closes, the supervisor is gone, and so is the right to train: the process ends at once.
 """
 
@@ -22,7 +22,6 @@ from typing import Any
 
 from graft import logs
 from graft.settings import Settings, load_settings
-
 from graft_worker.processes import die_with_parent
 from graft_worker.spec import TrainingSpec
 
@@ -83,15 +82,13 @@ class Engine:
 
     def _warm_base(self, spec: TrainingSpec) -> Any:
         """The base model of the job; loaded only if the job before used another one."""
-        import torch
-
         from graft_worker.base_model import load_base_model
 
         key = (spec.model_source, spec.model_revision, spec.recipe.quantization)
         if key != self._base_key:
             self._base = self._base_key = None
             gc.collect()
-            device = self._settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self._device()
             began = time.monotonic()
             self._say(
                 "log", level="info", message=f"Loading the base model {spec.recipe.base_model} on {device}", data={}
@@ -106,12 +103,29 @@ class Engine:
             )
         return self._base
 
+    def _device(self) -> str:
+        import torch
+
+        from graft_worker.failures import TrainingFailure
+
+        name = self._settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros((), device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingFailure(
+                "device_unavailable", f"The worker cannot use the device '{name}': {reason}"
+            ) from error
+        return name
+
 
 def main() -> None:
-    """`python -m graft_worker.engine COMMANDS_FD MESSAGES_FD`."""
-    die_with_parent(signal.SIGKILL)
+    """`python -m graft_worker.engine COMMANDS_FD MESSAGES_FD SUPERVISOR_PID`."""
+    die_with_parent(signal.SIGKILL, int(sys.argv[3]))
     settings = load_settings()
     logs.configure(settings.log_level)
+    # It warns at every start that an optional package is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The supervisor decides when to stop; a Ctrl-C at the terminal is told to it, and then to us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -21,8 +21,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from graft.recipe import Recipe
 
+from graft.recipe import Recipe
 from graft_worker.base_model import BaseModel
 from graft_worker.data import DatasetStatistics
 from graft_worker.lora import Adapter

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from graft.recipe import ALL_LINEAR, LoraSettings
 from graft_kernels.lora_linear import lora_linear
 from graft_kernels.nf4 import NF4Weight
-from torch import Tensor, nn
-
 from graft_worker.failures import TrainingFailure
 
 _PEFT_PREFIX = "base_model.model."

@@ -18,8 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
 
 from graft import jobs
 from graft.adapters import AdapterContent
@@ -29,10 +33,8 @@ from graft.errors import GraftError
 from graft.jobs import Claim, Event
 from graft.settings import Settings
 from graft.storage import DatabaseStorage, Storage, pieces_of, save_to
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
-
 from graft_worker import archive
+from graft_worker.processes import scratch_folder
 from graft_worker.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class EngineProcess:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "graft_worker.engine", str(theirs_in), str(theirs_out)],
+            [sys.executable, "-m", "graft_worker.engine", str(theirs_in), str(theirs_out), str(os.getpid())],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # its own process group, so that it can be killed with all it started
@@ -71,8 +73,10 @@ class EngineProcess:
         threading.Thread(target=self._listen, name="engine-messages", daemon=True).start()
 
     def _listen(self) -> None:
-        for line in self._messages:
-            self._inbox.put(json.loads(line))
+        # Half a line comes from an engine that was killed while it wrote.
+        with self._messages, contextlib.suppress(ValueError):
+            for line in self._messages:
+                self._inbox.put(json.loads(line))
         self._inbox.put(None)
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -102,7 +106,8 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._commands.close()
+        with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
+            self._commands.close()
 
 
 class Heart:
@@ -136,7 +141,7 @@ class Heart:
                         self._lost.set()
                         return
                 heard = time.monotonic()
-            except OperationalError as error:
+            except DBAPIError as error:
                 log.warning("a beat did not reach the database: %s", error.orig, extra={"job": self._claim.job_id})
                 # The reaper gives a lease that ended while the database was away as long again; so do we.
                 if time.monotonic() - heard > 2 * self._settings.lease_seconds:
@@ -153,7 +158,13 @@ class Supervisor:
         self._settings, self._db, self._storage = settings, database, storage
         self._catalogue = load_catalogue(settings.models)
         self._engine: EngineProcess | None = None
+        # The kernel ends an engine with the thread that started it, so one that stays starts them all.
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-starter")
         self._busy = threading.Lock()
+
+    def leave(self) -> None:
+        """Set `stop` from a signal handler, which may have interrupted a thread that holds the event's own lock."""
+        threading.Thread(target=self.stop.set, name="leave").start()
 
     def run_next(self, job_id: str | None = None) -> bool:
         """Claim the named job, or the oldest that is due, and run it to its end. False if there was nothing to run."""
@@ -173,7 +184,11 @@ class Supervisor:
             self._busy.release()
 
     def close(self) -> None:
-        """End the engine."""
+        """End the engine, for good."""
+        self._end_engine()
+        self._starter.shutdown()
+
+    def _end_engine(self) -> None:
         if self._engine is not None:
             self._engine.kill()
             self._engine = None
@@ -181,32 +196,34 @@ class Supervisor:
     # -- one job ------------------------------------------------------------------------------------------------
 
     def _run(self, claim: Claim) -> None:
-        work_dir = self._settings.data_dir / "work" / f"{claim.job_id}-{claim.attempt}"
-        shutil.rmtree(work_dir, ignore_errors=True)
-        work_dir.mkdir(parents=True)
         heart = Heart(self._db, claim, self._settings)
         run = Run(claim, self._db, self._storage, self._settings, heart)
         try:
-            spec = self._stage(run, work_dir)
-            if self._engine is None or not self._engine.is_alive:
-                self._engine = EngineProcess()
-            run.drive(self._engine, spec, self.stop)
+            with scratch_folder(self._settings.data_dir / "work", f"{claim.job_id}-{claim.attempt}") as work_dir:
+                spec = self._stage(run, work_dir)
+                try:
+                    run.drive(self._warm_engine(), spec, self.stop)
+                except BaseException:
+                    self._end_engine()  # it is still at work on this job, and in this folder
+                    raise
         except ClaimLost:
             log.info("the claim is gone; stopping at once", extra={"job": claim.job_id})
-            self.close()
         except EngineLost as lost:
-            self.close()
             self._recover(run, str(lost))
         except GraftError as error:
             code, message, param = error.code or "internal_error", error.message, error.param
             run.persist(lambda s: jobs.fail(s, claim, code=code, message=message, param=param))
         except Exception as error:
             log.exception("the supervisor failed", extra={"job": claim.job_id})
-            self.close()
             self._recover(run, f"{type(error).__name__}: {error}")
         finally:
             heart.stop()
-            shutil.rmtree(work_dir, ignore_errors=True)
+
+    def _warm_engine(self) -> EngineProcess:
+        if self._engine is None or not self._engine.is_alive:
+            self._end_engine()
+            self._engine = self._starter.submit(EngineProcess).result()
+        return self._engine
 
     def _recover(self, run: Run, cause: str) -> None:
         run.persist(lambda s: jobs.recover(s, run.claim, cause, max_recoveries=self._settings.max_recoveries))
@@ -349,8 +366,8 @@ class Run:
         self._progress["total_steps"] = message["total_steps"]
         self._events.append(
             Event(
-                f"Training on {message['num_training_rows']} conversations, {message['trained_tokens_per_epoch']} trained of "
-                f"{message['tokens_per_epoch']} tokens an epoch, {message['total_steps']} steps",
+                f"Training on {message['num_training_rows']} conversations, {message['trained_tokens_per_epoch']} "
+                f"trained of {message['tokens_per_epoch']} tokens an epoch, {message['total_steps']} steps",
                 data={"training": training, "validation": message["validation"], "total_steps": message["total_steps"]},
             )
         )
@@ -444,9 +461,9 @@ class Run:
 
     def _flush(self) -> None:
         """Write down what has gathered. While the database is away it goes on gathering."""
+        if not self._events and not self._progress and time.monotonic() - self._flushed < self._settings.poll_seconds:
+            return  # with nothing to say, only often enough to learn in time that the job was cancelled
         self._flushed = time.monotonic()
-        if not self._events and not self._progress:
-            return
         events, progress = self._events, self._progress
         try:
             with self._db.write() as session:

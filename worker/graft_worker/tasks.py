@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from graft.settings import Settings
 from sqlalchemy.exc import OperationalError
 
+from graft.settings import Settings
 from graft_worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def finetune(supervisor: Supervisor, job_id: str | None = None) -> None:
 
 
 def look_for_work(supervisor: Supervisor, settings: Settings) -> None:
-    """Ask the database every few seconds until `supervisor.stop`: this repairs lost nudges, and it is the embedded mode."""
+    """Ask the database every few seconds until `supervisor.stop`: it repairs lost nudges, and is the embedded mode."""
     away = False
     while not supervisor.stop.is_set():
         try:

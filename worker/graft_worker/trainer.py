@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
-from graft.recipe import EarlyStopping, Recipe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graft.recipe import EarlyStopping, Recipe
 from graft_worker import checkpoint, export, lora
 from graft_worker.base_model import BaseModel
 from graft_worker.checkpoint import Progress

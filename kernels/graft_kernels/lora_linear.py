@@ -151,6 +151,6 @@ def lora_linear(
         raise ValueError("weight and bias are frozen here; a gradient for them was asked for")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, expected 0 <= p < 1")
-    seed = int(torch.randint(_SEED_BOUND, ()).item()) if dropout > 0.0 and lora_a is not None else 0
+    seed = int(torch.randint(_SEED_BOUND, (), device="cpu").item()) if dropout > 0.0 and lora_a is not None else 0
     y: Tensor = _LoraLinear.apply(x, lora_a, lora_b, weight, bias, scale, dropout, seed)
     return y

@@ -30,7 +30,7 @@ def operands(lead: tuple[int, ...], n: int, k: int, r: int, dtype: torch.dtype) 
 def drawn_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """The mask the next call of `lora_linear` will draw, leaving the generator where it was."""
     state = torch.get_rng_state()
-    seed = int(torch.randint(2**63 - 1, ()).item())
+    seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
     torch.set_rng_state(state)
     return dropout_mask(x.view(-1, x.shape[-1]).shape, p, seed, x.device, x.dtype).view_as(x)
 

@@ -497,10 +497,7 @@ def _move(
     where = [Job.id == job_id, Job.status.in_(origin)]
     if fence is not None:
         where.append(Job.attempt == fence)
-    moved = changed(session, update(Job).where(*where).values(status=to, **values)) == 1
-    if moved:
-        log.info("status %s", to, extra={"job": job_id})
-    return moved
+    return changed(session, update(Job).where(*where).values(status=to, **values)) == 1
 
 
 def _recover(session: Session, job: Job, attempt: int, cause: str, max_recoveries: int) -> bool:

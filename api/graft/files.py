@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import Update, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from graft import datasets
@@ -156,18 +155,22 @@ def remove(session: Session, project_id: str, file_id: str) -> None:
         raise Conflict(
             f"The file is in use by {user}; cancel that job first, or wait for it.", code="file_in_use", param="id"
         )
-    session.delete(row)
-
-
-def content(storage: Storage, row: File, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The file's bytes [start, end)."""
-    return storage.read(row.sha256, start, end)
+    changed(session, _empty().where(File.id == row.id))
 
 
 def remove_expired(session: Session) -> int:
     """Delete the files whose time is over; returns how many."""
-    return changed(session, delete(File).where(File.expires_at < now()))
+    return changed(session, _empty().where(File.expires_at < now()))
+
+
+def _empty() -> Update:
+    """Deleting: nothing of the file is kept but its place in the list."""
+    return (
+        update(File)
+        .where(File.deleted_at.is_(None))
+        .values(deleted_at=now(), sha256="", filename="", bytes=0, status_details=None, report=None)
+    )
 
 
 def _alive() -> Any:
-    return or_(File.expires_at.is_(None), File.expires_at > now())
+    return and_(File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now()))

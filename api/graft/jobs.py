@@ -595,4 +595,5 @@ def _model_name(session: Session, job: Job) -> str:
 
 def file_of(session: Session, project_id: str, file_id: str) -> File | None:
     """A job's file, or None if it was deleted meanwhile."""
-    return session.scalar(select(File).where(File.id == file_id, File.project_id == project_id))
+    query = select(File).where(File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None))
+    return session.scalar(query)

@@ -105,7 +105,10 @@ class BlobChunk(Base):
 
 
 class File(Base):
-    """An uploaded or produced file (`/v1/files`)."""
+    """An uploaded or produced file (`/v1/files`).
+
+    A deleted one stays as an empty row, so that a client that deletes while it pages can go on from it.
+    """
 
     __tablename__ = "files"
 
@@ -120,6 +123,7 @@ class File(Base):
     report: Mapped[dict[str, Any] | None] = mapped_column(Json)
     created_at: Mapped[float] = mapped_column(Double)
     expires_at: Mapped[float | None] = mapped_column(Double)
+    deleted_at: Mapped[float | None] = mapped_column(Double)
 
     __table_args__ = (Index("ix_files_project_created", "project_id", "created_at", "id"),)
 

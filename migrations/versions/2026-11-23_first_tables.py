@@ -100,6 +100,7 @@ def upgrade() -> None:
         ),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("deleted_at", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_files_project_id_projects")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_files")),
     )

@@ -40,6 +40,14 @@ def upload(sdk: OpenAI, count: int = 10) -> Any:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
+def test_a_client_may_delete_what_it_pages_through(sdk: OpenAI) -> None:
+    for index in range(5):
+        sdk.files.create(file=(f"{index}.txt", b"some text"), purpose="user_data")
+    deleted = [sdk.files.delete(file.id).id for file in sdk.files.list(limit=2)]
+    assert len(deleted) == 5
+    assert sdk.files.list().data == []
+
+
 def test_a_file_from_upload_to_deletion(sdk: OpenAI, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(given.jsonl(12))

@@ -33,6 +33,8 @@ def look_for_work(supervisor: Supervisor, settings: Settings) -> None:
             if not away:
                 log.warning("the database is away, asking again every %.0f s: %s", settings.poll_seconds, error.orig)
             away = True
+        except Exception:  # of one job or one moment; the loop is what brings lost jobs back, and must outlive it
+            log.exception("looking for work failed, trying again in %.0f s", settings.poll_seconds)
         supervisor.stop.wait(settings.poll_seconds)
 
 

@@ -160,17 +160,20 @@ def test_a_killed_service_leaves_no_process_behind(house: House, expected: str) 
     assert house.service.weights_sha256(ended) == expected
 
 
-def test_a_second_ctrl_c_ends_the_waiting_and_the_lease_brings_the_job_back(house: House, expected: str) -> None:
+@pytest.mark.parametrize("pause", [0.2, 1.0], ids=["while the server closes", "while the workers save"])
+def test_a_second_ctrl_c_ends_the_waiting_and_the_lease_brings_the_job_back(
+    house: House, expected: str, pause: float
+) -> None:
     job = house.create()
     house.service.wait_for_step(job.id, CHECKPOINTS[0] + 1)
     first = house.service
     (engine,) = first.engines()
     engine.suspend()  # an engine that does not listen, as in a step that takes minutes
     first.interrupt()
-    time.sleep(1)
+    time.sleep(pause)
     assert first.process.poll() is None
     first.interrupt()
-    assert first.process.wait(5) == 130
+    assert first.process.wait(10) == 130
     assert first.left_over(2) == []
     assert "Traceback" not in first.log
     assert stored(house, job.id).status == "running"

@@ -109,9 +109,10 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it a second time
             server.run(sockets=[listener])
     finally:
-        workers.stop()
+        # The second Ctrl-C may come while the server is still closing its connections; it means the workers too.
+        workers.stop(at_once=server.force_exit)
         database.dispose()
-    return 0
+    return 130 if server.force_exit else 0
 
 
 def _embedded_count(settings: Settings) -> int:

@@ -85,16 +85,16 @@ class EmbeddedWorkers:
                     self._processes[index] = self._spawn()
                     began[index], due[index] = time.monotonic(), 0.0
 
-    def stop(self) -> None:
-        """SIGTERM, time to save a checkpoint, then SIGKILL; a second Ctrl-C ends the waiting."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + self._settings.grace_seconds + 5
+    def stop(self, *, at_once: bool = False) -> None:
+        """SIGTERM, time to save a checkpoint (unless `at_once`), then SIGKILL; a second Ctrl-C ends the waiting."""
+        deadline = time.monotonic() + (0 if at_once else self._settings.grace_seconds + 5)
         try:
+            self._stopping.set()
+            if self._thread.is_alive():
+                self._thread.join()
+            for process in self._processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
             for process in self._processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=max(0.1, deadline - time.monotonic()))

@@ -95,8 +95,19 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
             http="httptools",
         )
     )
-    # Like Ctrl-C: left alone, SIGTERM would end this process on the spot, before the workers have saved their jobs.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = 0
+
+    def leave(number: int, frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        server.should_exit = True
+        server.force_exit = asked > 1
+
+    # Ours instead of uvicorn's: they count, so that the second Ctrl-C is the second at whatever moment it comes, and
+    # SIGTERM too lets the workers save their jobs.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         workers.start()
         print(
@@ -106,13 +117,11 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         )
         if key is not None:
             print(f"Your API key, shown only now: {key}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it a second time
-            server.run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
-        # The second Ctrl-C may come while the server is still closing its connections; it means the workers too.
-        workers.stop(at_once=server.force_exit)
+        workers.stop(hurry=lambda: asked > 1)
         database.dispose()
-    return 130 if server.force_exit else 0
+    return 130 if asked > 1 else 0
 
 
 def _embedded_count(settings: Settings) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from graft.errors import ConfigurationError
 from graft.settings import Settings
@@ -85,25 +85,24 @@ class EmbeddedWorkers:
                     self._processes[index] = self._spawn()
                     began[index], due[index] = time.monotonic(), 0.0
 
-    def stop(self, *, at_once: bool = False) -> None:
-        """SIGTERM, time to save a checkpoint (unless `at_once`), then SIGKILL; a second Ctrl-C ends the waiting."""
-        deadline = time.monotonic() + (0 if at_once else self._settings.grace_seconds + 5)
-        try:
-            self._stopping.set()
-            if self._thread.is_alive():
-                self._thread.join()
-            for process in self._processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-            for process in self._processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        finally:
-            for process in self._processes:
-                if process.poll() is None:
-                    log.warning("worker %d is killed; its job resumes from the last checkpoint", process.pid)
-                    process.kill()
-                    process.wait()
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """SIGTERM, time to save a checkpoint, then SIGKILL. `hurry` is asked all along, and ends the waiting."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._settings.grace_seconds + 5
+        while any(process.poll() is None for process in self._processes):
+            if hurry() or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        for process in self._processes:
+            if process.poll() is None:
+                log.warning("worker %d is killed; its job resumes from the last checkpoint", process.pid)
+                process.kill()
+                process.wait()
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -239,7 +239,8 @@ def _postgresql_engine(url: Any) -> Engine:
 
 
 def _sqlite_engine(url: Any) -> Engine:
-    engine = create_engine(url, pool_size=10, max_overflow=20, connect_args={"check_same_thread": False})
+    # Cheap, so more than the web has threads: none of them waits for a connection whose holder needs a thread.
+    engine = create_engine(url, pool_size=10, max_overflow=90, connect_args={"check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:

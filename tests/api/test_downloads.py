@@ -241,7 +241,7 @@ def served(service: Service) -> Iterator[str]:
 
 
 def test_slow_downloads_hold_no_connection_to_the_database(service: Service) -> None:
-    """More callers than there are connections begin a large download and do not read on."""
+    """Many callers begin a large download and do not read on."""
     size = 24 * CHUNK
     stored = service.storage.put(b"\x07" * CHUNK for _ in range(24))
     with service.database.write() as session:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,7 +250,7 @@ def _sqlite_engine(url: Any) -> Engine:
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute(f"pragma busy_timeout = {BUSY_TIMEOUT_MS}")
-        mode = cursor.execute("pragma journal_mode = wal").fetchone()[0]
+        mode = _switch_to_wal(cursor)
         if mode not in ("wal", "memory"):
             raise ConfigurationError(
                 f"SQLite could not switch {url.database} to write-ahead logging (journal mode is '{mode}'). Its folder "
@@ -265,6 +267,19 @@ def _sqlite_engine(url: Any) -> Engine:
         connection.exec_driver_sql("begin immediate" if write else "begin")
 
     return engine
+
+
+def _switch_to_wal(cursor: Any) -> str:
+    """The journal mode after asking for WAL. Of several that open a new file at once, SQLite refuses all but one
+    without waiting, whatever the busy timeout is; so the waiting is done here."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            return str(cursor.execute("pragma journal_mode = wal").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def migrations_folder() -> Path:

@@ -22,8 +22,9 @@ help:  ## this list
 demo: .venv/installed  ## fine-tune graft-tiny through the openai SDK, from upload to an adapter that PEFT loads
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed  ## all tests, against a real PostgreSQL and a real Redis
+test: .venv/installed  ## all tests, against a real PostgreSQL and a real Redis; the kernels through the interpreter
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

@@ -27,8 +27,8 @@ class LoraLinear(nn.Module):
     """
 
     # The names are PEFT's, as they stand in its files.
-    lora_A: nn.Parameter | None  # noqa: N815
-    lora_B: nn.Parameter | None  # noqa: N815
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
 
     def __init__(self, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> None:
         super().__init__()

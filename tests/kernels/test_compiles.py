@@ -1,0 +1,238 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_120 without a card, and spills no register to memory.
+
+The cases are the `compile_cases()` of the test files beside this one. The table itself (kernel, constants, registers,
+shared memory, spills) is written on demand by
+
+    .venv/bin/python tests/kernels/test_compiles.py benchmarks/results/$(date +%F)-compiled-kernels.csv
+
+Compiling happens in processes of its own, because Triton is made to believe in another card there.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graft_kernels
+from graft_kernels.launch import AVAILABLE, CAPABILITIES, INTERPRETED, Compiled, compile_only, launch, tl, triton
+
+HERE = Path(__file__).parent
+PROCESSES = 2
+
+# Kernels that may spill, by how many bytes a thread, and why that costs nothing: "name": (bytes, "reason").
+MAY_SPILL: dict[str, tuple[int, str]] = {}
+
+COLUMNS = (
+    *("card", "kernel", "case", "constants", "num_warps", "num_stages"),
+    *("registers", "shared", "stack", "local"),
+)
+
+Case = tuple[str, Callable[[], object]]
+
+
+@triton.jit
+def _spilling_on_purpose(x_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    # One warp holds 256 numbers a thread across the sum: more than it has registers for.
+    offset = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + offset)
+    tl.store(x_ptr + offset, x / tl.sum(x, axis=0))
+
+
+def all_cases() -> Iterator[Case]:
+    """The cases of every test file beside this one."""
+    for path in sorted(HERE.glob("test_*.py")):
+        if path.name == Path(__file__).name or "def compile_cases(" not in path.read_text():
+            continue
+        spec = importlib.util.spec_from_file_location(f"compile_cases_of_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        for name, thunk in module.compile_cases():
+            yield f"{path.stem.removeprefix('test_')}: {name}", thunk
+
+
+def launched_kernels() -> dict[str, str]:
+    """Every kernel of the package and its module: the `@triton.jit` functions that no other one calls."""
+    found, called = {}, set()
+    for info in pkgutil.iter_modules(graft_kernels.__path__, "graft_kernels."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if not isinstance(value, triton.runtime.JITFunction):
+                continue
+            found[id(value)] = value.fn
+            tree = ast.parse(textwrap.dedent(inspect.getsource(value.fn)))
+            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            called |= {id(value.fn.__globals__.get(name)) for name in names}
+    kernels: dict[str, str] = {}
+    for key, function in found.items():
+        if key not in called:
+            name, module = function.__name__, function.__module__
+            # Profilers and this file's table know a kernel by its name alone.
+            assert name not in kernels, f"{module} and {kernels[name]} both have a kernel {name}"
+            kernels[name] = module
+    return kernels
+
+
+@functools.cache
+def cuobjdump() -> Path:
+    return Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin" / "cuobjdump"
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the kernel in `cubin` takes: REG in numbers, STACK and LOCAL in bytes a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump()), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    assert usage.keys() == {"REG", "STACK", "LOCAL"}, text
+    return usage
+
+
+def rows_of(card: str, case: str, compiled: list[Compiled], seen: set[str]) -> Iterator[dict[str, Any]]:
+    for kernel in compiled:
+        key = kernel.name + hashlib.sha256(kernel.cubin).hexdigest()
+        if key in seen:
+            continue
+        seen.add(key)
+        usage = resources(kernel.cubin)
+        yield {
+            "card": card,
+            "kernel": kernel.name,
+            "case": case,
+            "constants": " ".join(f"{name}={value}" for name, value in sorted(kernel.constants.items())),
+            "num_warps": kernel.num_warps,
+            "num_stages": kernel.num_stages,
+            "registers": usage["REG"],
+            "shared": kernel.shared,
+            "stack": usage["STACK"],
+            "local": usage["LOCAL"],
+        }
+
+
+def compile_part(part: int) -> dict[str, Any]:
+    """Every PROCESSES-th case, on every card: runs in a process of its own."""
+    rows: list[dict[str, Any]] = []
+    errors: list[str] = []
+    seconds: dict[str, float] = {}
+    cases = list(all_cases())[part::PROCESSES]
+    if part == 0:
+        x = torch.empty(2**13, device="meta")
+        cases.append(("this file: a spill", lambda: launch(_spilling_on_purpose, (1,), x, SIZE=2**13, num_warps=1)))
+    for card in CAPABILITIES:
+        seen: set[str] = set()
+        with compile_only(card) as compiled:
+            for name, thunk in cases:
+                before, start = len(compiled), time.perf_counter()
+                try:
+                    thunk()
+                    if len(compiled) == before:
+                        errors.append(f"{card}, {name}: launched no kernel")
+                    rows.extend(rows_of(card, name, compiled[before:], seen))
+                except Exception:
+                    errors.append(f"{card}, {name}: {traceback.format_exc(limit=-3)}")
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    return {"rows": rows, "errors": errors, "seconds": seconds}
+
+
+def compile_all() -> dict[str, Any]:
+    """Rows and errors of all cases, from PROCESSES processes with caches of their own."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder, f"{part}.json") for part in range(PROCESSES)]
+        children = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--part", str(part), str(result)],
+                env=environment | {"TRITON_CACHE_DIR": str(Path(folder, f"cache{part}"))},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for part, result in enumerate(results)
+        ]
+        try:
+            said = [child.communicate()[1] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+        assert not any(child.returncode for child in children), "\n".join(said)
+        parts = [json.loads(result.read_text()) for result in results]
+    rows = [row for part in parts for row in part["rows"]]
+    rows.sort(key=lambda row: (row["kernel"], row["constants"], row["card"]))
+    seconds = {name: took for part in parts for name, took in part["seconds"].items()}
+    return {"rows": rows, "errors": [error for part in parts for error in part["errors"]], "seconds": seconds}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--part"]:
+        Path(arguments[2]).write_text(json.dumps(compile_part(int(arguments[1]))))
+        return
+    (target,) = arguments
+    result = compile_all()
+    with Path(target).open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in result["rows"] if row["kernel"] != _spilling_on_purpose.fn.__name__)
+    print(f"{len(result['rows'])} kernels in {target}; the slowest cases:")
+    for name, took in sorted(result["seconds"].items(), key=lambda item: -item[1])[:10]:
+        print(f"{took:7.1f} s  {name}")
+    if result["errors"]:
+        sys.exit("\n".join(result["errors"]))
+
+
+# In an interpreting process there is nothing to compile with, and without Triton nothing to compile.
+if AVAILABLE and not INTERPRETED:
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def compiled() -> dict[str, Any]:
+        return compile_all()
+
+    @pytest.mark.timeout(900)
+    def test_every_case_compiles_for_every_card(compiled: dict[str, Any]) -> None:
+        assert not compiled["errors"], "\n".join(compiled["errors"])
+        assert {row["card"] for row in compiled["rows"]} == set(CAPABILITIES)
+
+    def test_every_kernel_of_the_package_is_among_the_cases(compiled: dict[str, Any]) -> None:
+        for card in CAPABILITIES:
+            names = {row["kernel"] for row in compiled["rows"] if row["card"] == card}
+            missing = {name: module for name, module in launched_kernels().items() if name not in names}
+            assert not missing, f"{card}: no compile_cases() launches {missing}"
+
+    def test_no_kernel_spills_registers(compiled: dict[str, Any]) -> None:
+        spilling = [row for row in compiled["rows"] if row["stack"] or row["local"]]
+        # The one that must spill shows that a spill would be seen.
+        on_purpose = [row for row in spilling if row["kernel"] == _spilling_on_purpose.fn.__name__]
+        assert {row["card"] for row in on_purpose} == set(CAPABILITIES)
+        surprises = []
+        for row in spilling:
+            allowed, _ = MAY_SPILL.get(row["kernel"], (0, ""))
+            if row not in on_purpose and row["stack"] + row["local"] > allowed:
+                surprises.append(" ".join(f"{name}={row[name]}" for name in COLUMNS))
+        assert not surprises, "\n".join(surprises)
+        assert set(MAY_SPILL) <= {row["kernel"] for row in spilling}, "an exception that no kernel needs"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,313 @@
+"""The fused QLoRA product is the exact NF4 weight, multiplied; every cut of it gives the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graft_kernels.fused_linear import (
+    MAX_RANK,
+    FusedConfig,
+    fused_backward_dx,
+    fused_config,
+    fused_forward,
+    fused_linear_reference,
+    fused_supported,
+)
+from graft_kernels.launch import INTERPRETED
+from graft_kernels.nf4 import NF4Weight, decode
+
+# On a card the kernel refuses fp32, which would leave the tensor cores; the interpreter's bf16 is wrong.
+DTYPES = [torch.float16, torch.float32 if INTERPRETED else torch.bfloat16]
+# What one rounding of the result, and one of S, may cost.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+VARIANTS = {
+    "transposed": FusedConfig(block_m=64, block_o=64, block_r=128),
+    "straight": FusedConfig(block_m=32, block_o=128, block_r=64, transposed=False),
+    "split": FusedConfig(block_m=64, block_o=128, block_r=64, splits=2),
+    "split straight": FusedConfig(block_m=32, block_o=64, block_r=64, splits=3, transposed=False),
+    "S before": FusedConfig(block_m=16, block_o=128, block_r=64, inline=False),
+    "scales through the L1": FusedConfig(block_m=64, block_o=64, block_r=64, scales_shared=False),
+    "S before, straight": FusedConfig(block_m=64, block_o=64, block_r=128, inline=False, transposed=False),
+}
+
+
+def random_weight(n: int, k: int, *, nested: bool = True, device: str | None = None) -> NF4Weight:
+    """Any bytes are a weight. Scales around 0.04, the size of a trained layer's."""
+    blocks = n * k // 64
+    packed = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=device)
+    if not nested:
+        absmax = torch.rand(blocks, device=device) * 0.05 + 0.01
+        return NF4Weight(packed=packed, shape=(n, k), blocksize=64, absmax=absmax)
+    return NF4Weight(
+        packed=packed,
+        shape=(n, k),
+        blocksize=64,
+        absmax=torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device),
+        code2=torch.linspace(-1, 1, 256, device=device),
+        absmax2=torch.rand(-(-blocks // 256), device=device) * 0.02 + 0.005,
+        offset=torch.tensor(0.037, device=device),
+    )
+
+
+def adapter(n: int, k: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if rank == 0:
+        return None, None
+    return (torch.randn(rank, k) / k**0.5).to(dtype), torch.randn(n, rank).mul(0.1).to(dtype)
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def kernels(device: str) -> bool:
+    return INTERPRETED or device == "cuda"
+
+
+def check(
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    config: FusedConfig | None,
+    *,
+    nested: bool,
+    bias: bool = False,
+) -> None:
+    """Forward and dX against float64 on the very values the kernels decode."""
+    torch.manual_seed(m + rank)
+    weight = random_weight(n, k, nested=nested)
+    a, b = adapter(n, k, rank, dtype)
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    bias_n = torch.randn(n).to(dtype) if bias else None
+    w = decode(weight, dtype).double()
+    y_64, dx_64 = x.double() @ w.t(), dy.double() @ w
+    if a is not None and b is not None:
+        y_64 += 1.5 * (x.double() @ a.double().t()) @ b.double().t()
+        dx_64 += 1.5 * (dy.double() @ b.double()) @ a.double()
+    if bias_n is not None:
+        y_64 += bias_n.double()
+    y = fused_forward(x, weight, a, b, 1.5, bias_n, config=config)
+    dx = fused_backward_dx(dy, weight, a, b, 1.5, config=config)
+    assert y.dtype == dx.dtype == dtype
+    assert distance(y, y_64) < TOLERANCE[dtype]
+    assert distance(dx, dx_64) < TOLERANCE[dtype]
+
+
+def refuses_without_kernels(device: str) -> bool:
+    """In a process without kernels the promise is a refusal, and that is what is checked."""
+    if kernels(device):
+        return False
+    weight = random_weight(64, 64)
+    assert not fused_supported(torch.randn(1, 64), weight)
+    with pytest.raises(ValueError, match=r"no fused kernel for torch\.float32 on cpu"):
+        fused_forward(torch.randn(1, 64), weight)
+    with pytest.raises(ValueError, match="no fused kernel"):
+        fused_backward_dx(torch.randn(1, 64), weight)
+    return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_the_float64_product(variant: str, dtype: torch.dtype, device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    check(33, 136, 192, 16, dtype, VARIANTS[variant], nested=True)
+    check(7, 72, 192, 3, dtype, VARIANTS[variant], nested=False, bias=True)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 130])
+def test_the_rule_serves_any_number_of_tokens(m: int, nested: bool, device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    check(m, 136, 192, 16, torch.float16, None, nested=nested)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 16, 48, 100, MAX_RANK])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_any_rank_up_to_256(rank: int, splits: int, device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    config = replace(fused_config(16, 136, 192, rank, "forward"), splits=splits, block_r=64)
+    check(16, 136, 192, rank, torch.float16, config, nested=True, bias=True)
+
+
+@pytest.mark.parametrize(("dtype", "nested"), [(dtype, True) for dtype in DTYPES] + [(torch.float16, False)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weight_is_decoded_to_the_last_bit(variant: str, dtype: torch.dtype, nested: bool, device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    n, k = 72, 128
+    weight = random_weight(n, k, nested=nested)
+    expected = decode(weight, dtype)
+    # The identity picks single weights out of the sums, and zero times a weight is zero.
+    assert torch.equal(fused_forward(torch.eye(k, dtype=dtype), weight, config=VARIANTS[variant]).t(), expected)
+    assert torch.equal(fused_backward_dx(torch.eye(n, dtype=dtype), weight, config=VARIANTS[variant]), expected)
+
+
+def test_second_level_scales_change_inside_a_row(device: str) -> None:
+    """64 · 256 elements share a second-level scale; these rows are longer and not a multiple of that."""
+    if refuses_without_kernels(device):
+        return
+    forward = FusedConfig(block_o=16, block_r=1024, splits=3)
+    backward = FusedConfig(block_o=1024, block_r=16, transposed=False)
+    weight = random_weight(3, 16384 + 192)
+    w = decode(weight, torch.float16).double()
+    x, dy = torch.randn(2, w.shape[1]).half(), torch.randn(2, 3).half()
+    assert distance(fused_forward(x, weight, config=forward), x.double() @ w.t()) < 1e-3
+    assert distance(fused_backward_dx(dy, weight, config=backward), dy.double() @ w) < 1e-3
+
+
+def test_an_adapter_of_another_dtype_is_cast(device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    weight = random_weight(72, 128)
+    a, b = torch.randn(16, 128), torch.randn(72, 16)
+    x, dy = torch.randn(5, 128).half(), torch.randn(5, 72).half()
+    for config in VARIANTS.values():
+        for function, operand in ((fused_forward, x), (fused_backward_dx, dy)):
+            expected = function(operand, weight, a.half(), b.half(), 0.5, config=config)
+            assert distance(function(operand, weight, a, b, 0.5, config=config), expected.double()) < 1e-3
+
+
+def test_column_slices_are_read_and_written_in_place(device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    weight = random_weight(72, 128)
+    a, b = adapter(72, 128, 16, torch.float16)
+    wide_x, wide_y = torch.randn(9, 300).half(), torch.full((9, 100), 7.0).half()
+    x, y = wide_x[:, 64:192], wide_y[:, 8:80]
+    for config in (VARIANTS["transposed"], VARIANTS["straight"], VARIANTS["split"]):
+        assert fused_forward(x, weight, a, b, config=config, out=y) is y
+        assert torch.equal(y, fused_forward(x.contiguous(), weight, a, b, config=config))
+        assert (wide_y[:, :8] == 7).all()
+        assert (wide_y[:, 80:] == 7).all()
+    assert torch.equal(fused_forward(x.t().contiguous().t(), weight, a, b), fused_forward(x, weight, a, b))
+
+
+def test_every_run_gives_the_same_bits(device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    n, k, repeats = (72, 192, 1) if INTERPRETED else (4096, 4096, 20)
+    weight = random_weight(n, k)
+    a, b = adapter(n, k, 16, torch.float16)
+    x = torch.randn(17, k).half()
+    for config in VARIANTS.values():
+        first = fused_forward(x, weight, a, b, config=config)
+        assert all(torch.equal(fused_forward(x, weight, a, b, config=config), first) for _ in range(repeats))
+
+
+def test_no_tokens_give_no_rows(device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    weight = random_weight(72, 128)
+    a, b = adapter(72, 128, 16, torch.float16)
+    assert fused_forward(torch.randn(0, 128).half(), weight, a, b).shape == (0, 72)
+    assert fused_backward_dx(torch.randn(0, 72).half(), weight, a, b).shape == (0, 128)
+
+
+def test_the_reference_is_the_definition() -> None:
+    weight = random_weight(72, 128)
+    a, b = adapter(72, 128, 4, torch.float64)
+    x, bias = torch.randn(3, 128, dtype=torch.float64), torch.randn(72, dtype=torch.float64)
+    w = decode(weight, torch.float64)
+    assert torch.allclose(fused_linear_reference(x, weight, bias=bias), x @ w.t() + bias)
+    expected = x @ (w + 0.5 * b @ a).t()
+    assert torch.allclose(fused_linear_reference(x, weight, a, b, 0.5), expected)
+
+
+def test_what_the_kernels_cannot_do_is_not_supported(device: str) -> None:
+    x = torch.randn(2, 128).half()
+    weight = random_weight(72, 128)
+    assert fused_supported(x, weight, 16) == kernels(device)
+    assert not fused_supported(x, weight, MAX_RANK + 1)
+    assert not fused_supported(x.double(), weight)
+    assert INTERPRETED or not fused_supported(x.float(), weight)
+    assert not fused_supported(torch.randn(2, 96).half(), random_weight(64, 96))
+    coarse = NF4Weight(packed=weight.packed, shape=(72, 128), blocksize=128, absmax=torch.ones(72))
+    assert not fused_supported(x, coarse)
+    shifted = torch.zeros(72 * 64 + 2, dtype=torch.uint8)[2:]
+    assert not fused_supported(x, replace(weight, packed=shifted))
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    weight = random_weight(72, 128)
+    x = torch.randn(2, 128).half()
+    a, b = torch.randn(4, 128), torch.randn(72, 4)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 64\), expected \[M, 128\]"):
+        fused_forward(x[:, :64], weight)
+    with pytest.raises(ValueError, match=r"dy has shape \(2, 128\), expected \[M, 72\]"):
+        fused_backward_dx(x, weight)
+    with pytest.raises(ValueError, match="one is None"):
+        fused_forward(x, weight, a)
+    with pytest.raises(ValueError, match=r"expected A \[r, 128\], B \[72, r\]"):
+        fused_forward(x, weight, a, b[:, :3])
+    with pytest.raises(ValueError, match=r"bias has shape \(71,\), expected \(72,\)"):
+        fused_forward(x, weight, bias=torch.randn(71))
+    with pytest.raises(ValueError, match=r"torch.float64, expected fp32, fp16 or bf16"):
+        fused_forward(x.double(), weight)
+    with pytest.raises(ValueError, match="'up', expected 'forward' or 'backward'"):
+        fused_config(1, 64, 64, 0, "up")
+
+
+def test_a_cut_that_straddles_scales_is_refused(device: str) -> None:
+    if refuses_without_kernels(device):
+        return
+    with pytest.raises(ValueError, match="block along K is 32, expected a multiple of 64"):
+        fused_forward(torch.randn(2, 128).half(), random_weight(72, 128), config=FusedConfig(block_r=32))
+    with pytest.raises(ValueError, match=r"out is \(2, 71\)"):
+        fused_forward(torch.randn(2, 128).half(), random_weight(72, 128), out=torch.empty(2, 71).half())
+
+
+SHAPES = {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "o": (4096, 4096)}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rule_cuts_every_real_shape_sensibly(shape: str, direction: str) -> None:
+    n, k = SHAPES[shape]
+    out_size, sum_size = (n, k) if direction == "forward" else (k, n)
+    for m in (1, 16, 17, 64, 128, 512, 4096):
+        config = fused_config(m, n, k, 16, direction)
+        along_k = config.block_r if direction == "forward" else config.block_o
+        assert along_k % 64 == 0
+        assert config.block_m >= min(m, 64)
+        programs = -(-out_size // config.block_o) * -(-m // config.block_m) * config.splits
+        assert programs >= 64
+        assert sum_size // config.splits >= 1024
+    assert not fused_config(16, n, k, MAX_RANK, direction).inline
+
+
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kernel of this file at the sizes of an 8B model."""
+
+    def case(
+        m: int, n: int, k: int, rank: int, dtype: torch.dtype, nested: bool, config: FusedConfig | None = None
+    ) -> Callable[[], object]:
+        def compile_both() -> None:
+            with torch.device("meta"):
+                weight = random_weight(n, k, nested=nested, device="meta")
+                x, dy = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
+                a = b = None
+                if rank:
+                    a, b = torch.empty(rank, k, dtype=dtype), torch.empty(n, rank, dtype=dtype)
+                fused_forward(x, weight, a, b, 2.0, config=config)
+                fused_backward_dx(dy, weight, a, b, 2.0, config=config)
+
+        return compile_both
+
+    bf16 = torch.bfloat16
+    for m in (16, 64, 128, 512):
+        yield f"rule, {m} tokens", case(m, 14336, 4096, 16, bf16, True)
+    yield "rule, split", case(16, 4096, 4096, 16, bf16, True)
+    yield "rank 256", case(64, 4096, 4096, 256, bf16, True)
+    yield "no adapter, plain scales, fp16", case(32, 14336, 4096, 0, torch.float16, False)
+    yield "odd sizes", case(33, 1000, 4032, 3, bf16, True)
+    for name, config in VARIANTS.items():
+        yield name, case(128, 4096, 4096, 16, bf16, True, config)

@@ -1,8 +1,8 @@
 """The two blocks of a decoder layer around their LoRA products, each with one hand-written backward.
 
-Shapes: x, residual, z [T, H]; y = norm(z); the linear layers take y. The norm stands inside, because the kernel that
-writes y can also multiply it by Aᵀ, and the kernel that reads the gradient of y can also add dS A to it. So around the
-library's products LoRA costs no pass over memory of its own (`lora_linear.py` has the picture).
+Shapes: x, residual, z [T, H]; y = norm(z); the linear layers take y. The norm stands inside, because it can write y
+into the buffer that has room for S, and the kernel that reads the gradient of y can add dS A to it on the way. SwiGLU
+does both for the down projection, and makes S' as it writes h (`lora_linear.py` has the picture).
 
     lora_qkv    z = x + residual        [y | S] = norm(z), S = y Aᵀ        [q | k | v] = [y | S]·[W | s·B]ᵀ + bias
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, shared_memory, tl, triton
+from graft_kernels.operands import arithmetic_dtype, operand, output, tail_columns, write_tail
 
 # The largest ranks that the kernels multiply themselves: in the backward by bytes per element (fp32 products run
 # without tensor cores), and the pending sum of the forward.
@@ -45,15 +46,10 @@ _TILE = 4096
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
     """The definition of correct, differentiable by autograd."""
-    wide = _wide(x.dtype)
+    wide = arithmetic_dtype(x.dtype)
     x_wide, w = x.to(wide), weight.to(wide)
     normed = x_wide * (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (normed * (1.0 + w)).to(x.dtype) if gemma else (normed.to(x.dtype).to(wide) * w).to(x.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What the arithmetic runs in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @triton.jit
@@ -331,32 +327,27 @@ def rms_norm_forward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or an output's last dimension is not contiguous.
     """
-    x = _input("x", x_TH, (None, None))
-    (tokens, width), dtype, wide = x.shape, x.dtype, _wide(x.dtype)
-    weight = _input("weight", weight_H, (width,))
+    x = operand("x", x_TH, (None, None))
+    (tokens, width), dtype, wide = x.shape, x.dtype, arithmetic_dtype(x.dtype)
+    weight = operand("weight", weight_H, (width,))
     if residual is not None:
-        residual = _input("residual", residual, (tokens, width), dtype)
+        residual = operand("residual", residual, (tokens, width), dtype)
     s, b = (None, None) if pending is None else pending
     if s is not None and b is not None:
-        b = _input("pending's B", b, (None, width), dtype).contiguous()
-        s = _input("pending's S", s, (tokens, None), dtype)
+        b = operand("pending's B", b, (None, width), dtype).contiguous()
+        s = operand("pending's S", s, (tokens, None), dtype)
         if s.shape[1] < b.shape[0]:
             raise ValueError(f"pending's S has {s.shape[1]} columns, B has {b.shape[0]} rows")
     elif z_out is not None and residual is None:
         raise ValueError("z_out is given, but neither residual nor pending: z is x itself")
     rank, tail = 0, 0
     if lora_a is not None:
-        lora_a = _input("lora_a", lora_a, (None, width), dtype).contiguous()
+        lora_a = operand("lora_a", lora_a, (None, width), dtype).contiguous()
         rank = lora_a.shape[0]
-        tail = 16 * cdiv(rank, 16) if out is None else out.shape[-1] - width
-        if tail < rank or tail % 16 != 0:
-            raise ValueError(
-                f"out has {width + tail} columns; with an adapter of rank {rank} it needs {width} + p, "
-                "p >= rank a multiple of 16"
-            )
-    y = _output("out", out, (tokens, width + tail), x)
+        tail = tail_columns(rank, width, out)
+    y = output("out", out, (tokens, width + tail), x)
     if z_out is not None:
-        _output("z_out", z_out, (tokens, width), x)
+        output("z_out", z_out, (tokens, width), x)
     kernels = runs_kernels(x, weight, residual, s, b, lora_a, y, z_out)
     in_registers = kernels and width <= REGISTER_WIDTH
 
@@ -366,7 +357,7 @@ def rms_norm_forward(
         s, b = None, None
     z = x
     if residual is not None or s is not None:
-        z = _output("z_out", z_out, (tokens, width), x)
+        z = output("z_out", z_out, (tokens, width), x)
     rho = torch.empty(tokens, dtype=wide, device=x.device)
     if not kernels:
         if residual is not None:
@@ -393,19 +384,8 @@ def rms_norm_forward(
             HAS_RESIDUAL=residual is not None, GEMMA=gemma, BLOCK_M=4, BLOCK_H=1024, num_warps=8,
         )  # fmt: skip
     if lora_a is not None:
-        _write_tail(y, width, lora_a, scale)
+        write_tail(y, width, lora_a, scale)
     return y, z, rho
-
-
-def _write_tail(rows: Tensor, width: int, factor_RH: Tensor, scale: float = 1.0) -> None:
-    """The columns behind `width` become scale·(the columns before it)·factorᵀ and zeros."""
-    end = width + factor_RH.shape[0]
-    if scale == 1.0:
-        torch.mm(rows[:, :width], factor_RH.t(), out=rows[:, width:end])
-    else:
-        torch.addmm(rows[:, width:end], rows[:, :width], factor_RH.t(), beta=0, alpha=scale, out=rows[:, width:end])
-    if end < rows.shape[1]:
-        rows[:, end:].zero_()
 
 
 def rms_norm_backward(
@@ -441,30 +421,25 @@ def rms_norm_backward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the last dimension of `out` is not contiguous.
     """
-    dy = _input("dy", dy_TH, (None, None))
-    (tokens, width), dtype, wide = dy.shape, dy.dtype, _wide(dy.dtype)
-    z = _input("z", z_TH, (tokens, width), dtype)
-    weight = _input("weight", weight_H, (width,))
-    rho = _input("rho", rho_T, (tokens,), wide)
+    dy = operand("dy", dy_TH, (None, None))
+    (tokens, width), dtype, wide = dy.shape, dy.dtype, arithmetic_dtype(dy.dtype)
+    z = operand("z", z_TH, (tokens, width), dtype)
+    weight = operand("weight", weight_H, (width,))
+    rho = operand("rho", rho_T, (tokens,), wide)
     if dresidual is not None:
-        dresidual = _input("dresidual", dresidual, (tokens, width), dtype)
+        dresidual = operand("dresidual", dresidual, (tokens, width), dtype)
     p, a = (None, None) if deferred is None else deferred
     if p is not None and a is not None:
-        a = _input("deferred's A", a, (None, width), dtype).contiguous()
-        p = _input("deferred's P", p, (tokens, None), dtype)
+        a = operand("deferred's A", a, (None, width), dtype).contiguous()
+        p = operand("deferred's P", p, (tokens, None), dtype)
         if p.shape[1] < a.shape[0]:
             raise ValueError(f"deferred's P has {p.shape[1]} columns, A has {a.shape[0]} rows")
     tail_rank, tail = 0, 0
     if lora_b is not None:
-        lora_b = _input("lora_b", lora_b, (None, width), dtype).contiguous()
+        lora_b = operand("lora_b", lora_b, (None, width), dtype).contiguous()
         tail_rank = lora_b.shape[0]
-        tail = 16 * cdiv(tail_rank, 16) if out is None else out.shape[-1] - width
-        if tail < tail_rank or tail % 16 != 0:
-            raise ValueError(
-                f"out has {width + tail} columns; with an adapter of rank {tail_rank} it needs {width} + p, "
-                "p >= rank a multiple of 16"
-            )
-    dx_tail = _output("out", out, (tokens, width + tail), dy)
+        tail = tail_columns(tail_rank, width, out)
+    dx_tail = output("out", out, (tokens, width + tail), dy)
     dx = dx_tail[:, :width]
     kernels = runs_kernels(dy, z, weight, rho, dresidual, p, a, lora_b, dx)
     fused_rank = FUSED_RANK.get(dtype.itemsize, 0) if kernels else 0
@@ -502,32 +477,8 @@ def rms_norm_backward(
             BLOCK_TAIL=next_power_of_2(max(1, tail - block_b)), GROUPS=groups, num_warps=num_warps,
         )  # fmt: skip
     if lora_b is not None and not tail_fused:
-        _write_tail(dx_tail, width, lora_b)
+        write_tail(dx_tail, width, lora_b)
     return dx_tail
-
-
-def _input(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` with a contiguous last dimension, after a look at its shape (None: any size) and dtype."""
-    given = tuple(tensor.shape)
-    if len(given) != len(shape) or any(want not in (None, size) for size, want in zip(given, shape, strict=True)):
-        expected = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {given}, expected ({expected})")
-    if not tensor.is_floating_point() or (dtype is not None and tensor.dtype != dtype):
-        raise ValueError(f"{name} is {tensor.dtype}, expected {dtype or 'a floating-point dtype'}")
-    if len(given) == 2 and given[1] == 0:
-        raise ValueError(f"{name} has shape {given}: nothing in a row")
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _output(name: str, given: Tensor | None, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """`given`, checked, or a new matrix. An output is never copied, so its rows must be fit to be written."""
-    if given is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if tuple(given.shape) != shape or given.dtype != like.dtype:
-        raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected {like.dtype} {shape}")
-    if given.stride(1) != 1 or (shape[0] > 1 and given.stride(0) < shape[1]):
-        raise ValueError(f"{name} has strides {given.stride()}, expected contiguous rows that do not overlap")
-    return given
 
 
 class _RMSNorm(torch.autograd.Function):

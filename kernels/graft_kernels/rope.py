@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, tl, triton
+from graft_kernels.operands import arithmetic_dtype
 
 # The largest rank of q, k or v that the kernels multiply themselves, by bytes per element; beyond it the library does.
 # fp32 products run without tensor cores.
@@ -134,20 +135,15 @@ def rope_reference(
     """The definition of correct on [..., T, heads, D], differentiable by autograd."""
     if positions is None:
         positions = torch.arange(q.shape[-3], device=q.device)
-    c, s = _angles(cos, sin, positions, _wide(q.dtype))
+    c, s = _angles(cos, sin, positions, arithmetic_dtype(q.dtype))
 
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
-        wide = x.to(_wide(x.dtype))
+        wide = x.to(arithmetic_dtype(x.dtype))
         if weight is not None:
             wide = _norm(wide, weight, eps, gemma, x.dtype)
         return _rotate(wide, c, s).to(x.dtype)
 
     return one(q, q_weight), one(k, k_weight)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What the arithmetic runs in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _angles(cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -668,9 +664,9 @@ def rope_forward(
             raise ValueError("out is the input: with a norm the backward needs q and k as they came in")
     tables = (cos.contiguous(), sin.contiguous())
     if not runs_kernels(q, k, *tables, positions, q_weight, k_weight, q_out, k_out):
-        c, s = _angles(*tables, _positions(positions, sequence, q), _wide(q.dtype))
+        c, s = _angles(*tables, _positions(positions, sequence, q), arithmetic_dtype(q.dtype))
         for x, weight, result in ((q, q_weight, q_out), (k, k_weight, k_out)):
-            wide = x.to(_wide(x.dtype))
+            wide = x.to(arithmetic_dtype(x.dtype))
             if weight is not None:
                 wide = _norm(wide, weight, eps, gemma, x.dtype)
             result.copy_(_rotate(wide, c, s))
@@ -739,9 +735,9 @@ def rope_backward(
     _check_output("out's dk", dk_out, dk)
     tables = (cos.contiguous(), sin.contiguous())
     if not runs_kernels(dq, dk, *tables, positions, q, k, q_weight, k_weight, dq_out, dk_out):
-        c, s = _angles(*tables, _positions(positions, sequence, dq), _wide(dq.dtype))
+        c, s = _angles(*tables, _positions(positions, sequence, dq), arithmetic_dtype(dq.dtype))
         for dy, before, weight, result in ((dq, q, q_weight, dq_out), (dk, k, k_weight, dk_out)):
-            grad = _rotate(dy.to(_wide(dy.dtype)), c, -s)
+            grad = _rotate(dy.to(arithmetic_dtype(dy.dtype)), c, -s)
             if before is not None and weight is not None:
                 w, wide = weight.to(grad.dtype), before.to(grad.dtype)
                 rho = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -873,7 +869,7 @@ def rope_qkv_forward_(
     tables = (cos.contiguous(), sin.contiguous())
     kernels = runs_kernels(qkv_TN, b, *tables, positions)
     if not kernels:
-        wide = _wide(q.dtype)
+        wide = arithmetic_dtype(q.dtype)
         update = _per_section(qkv_TN[:, width:].to(wide), b.to(wide), sizes, ranks_3, firsts)
         c, s = _angles(*tables, _positions(positions, sequence, q), wide)
         for i, x in enumerate((q, k, v)):
@@ -976,9 +972,9 @@ def rope_qkv_backward(
             **constants, **options,
         )  # fmt: skip
     else:
-        c, s = _angles(*tables, _positions(positions, sequence, dq), _wide(dq.dtype))
+        c, s = _angles(*tables, _positions(positions, sequence, dq), arithmetic_dtype(dq.dtype))
         for x, part in zip((dq, dk, dv), out[:, :width].split(sizes, dim=1), strict=True):
-            part.unflatten(1, (-1, head_dim)).copy_(x if x is dv else _rotate(x.to(_wide(x.dtype)), c, -s))
+            part.unflatten(1, (-1, head_dim)).copy_(x if x is dv else _rotate(x.to(arithmetic_dtype(x.dtype)), c, -s))
         out[:, width + rank :].zero_()
     if b is not None and not fused:
         start, tail = 0, out[:, width : width + rank]
@@ -1132,7 +1128,7 @@ def _check_tables(cos: Tensor, sin: Tensor, head_dim: int, dtype: torch.dtype) -
             f"expected the same [positions, R/2] with 2 <= R <= {head_dim}"
         )
     # fp64 tables only under fp64 operands: under any other they would turn the kernels off.
-    if any(table.dtype not in (torch.float32, _wide(dtype)) for table in (cos, sin)):
+    if any(table.dtype not in (torch.float32, arithmetic_dtype(dtype)) for table in (cos, sin)):
         raise ValueError(f"cos is {cos.dtype}, sin is {sin.dtype}, expected torch.float32")
 
 

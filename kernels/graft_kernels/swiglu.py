@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, shared_memory, tl, triton
+from graft_kernels.operands import arithmetic_dtype, operand, output, tail_columns, write_tail
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -50,16 +51,11 @@ _CUBIC = 0.044715
 
 def swiglu_reference(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
     """The definition of correct, differentiable by autograd."""
-    wide = _wide(gate.dtype)
+    wide = arithmetic_dtype(gate.dtype)
     g, u = gate.to(wide), up.to(wide)
     if activation == "silu":
         return (F.silu(g) * u).to(gate.dtype)
     return (F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none") * u).to(gate.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What the arithmetic runs in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _activate_reference(g: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -294,25 +290,20 @@ def swiglu_forward(
             not contiguous.
     """
     _check_activation(activation)
-    gate = _input("gate", gate_TI, (None, None))
+    gate = operand("gate", gate_TI, (None, None))
     (tokens, width), dtype = gate.shape, gate.dtype
-    up = _input("up", up_TI, (tokens, width), dtype)
+    up = operand("up", up_TI, (tokens, width), dtype)
     rank, tail = 0, 0
     if lora_a is not None:
-        lora_a = _input("lora_a", lora_a, (None, width), dtype).contiguous()
+        lora_a = operand("lora_a", lora_a, (None, width), dtype).contiguous()
         rank = lora_a.shape[0]
-        tail = 16 * cdiv(rank, 16) if out is None else out.shape[-1] - width
-        if tail < rank or tail % 16 != 0:
-            raise ValueError(
-                f"out has {width + tail} columns; with an adapter of rank {rank} it needs {width} + p, "
-                "p >= rank a multiple of 16"
-            )
-    h = _output("out", out, (tokens, width + tail), gate)
+        tail = tail_columns(rank, width, out)
+    h = output("out", out, (tokens, width + tail), gate)
     kernels = runs_kernels(gate, up, lora_a, h)
     fused = kernels and 0 < rank <= FUSED_RANK.get(dtype.itemsize, 0)
     if not kernels:
         # The backward's formula, so that the h it rebuilds is this one to the bit.
-        h[:, :width] = _activate_reference(gate.to(_wide(dtype)), activation)[0] * up
+        h[:, :width] = _activate_reference(gate.to(arithmetic_dtype(dtype)), activation)[0] * up
     elif fused:
         tile = _tail_tile(tokens, width, rank, dtype.itemsize, shared_memory(h.device))
         partial = torch.empty(tile.splits, tokens, rank, dtype=torch.float32, device=h.device)
@@ -337,9 +328,7 @@ def swiglu_forward(
             ACTIVATION=ACTIVATIONS[activation], BLOCK_M=block_m, BLOCK_K=block_k, num_warps=num_warps,
         )  # fmt: skip
     if lora_a is not None and not fused:
-        product = h[:, width : width + rank]
-        torch.addmm(product, h[:, :width], lora_a.t(), beta=0, alpha=scale, out=product)
-        h[:, width + rank :].zero_()
+        write_tail(h, width, lora_a, scale)
     return h
 
 
@@ -376,23 +365,23 @@ def swiglu_backward(
             is not contiguous.
     """
     _check_activation(activation)
-    dh = _input("dh", dh_TI, (None, None))
+    dh = operand("dh", dh_TI, (None, None))
     (tokens, width), dtype = dh.shape, dh.dtype
-    gate = _input("gate", gate_TI, (tokens, width), dtype)
-    up = _input("up", up_TI, (tokens, width), dtype)
+    gate = operand("gate", gate_TI, (tokens, width), dtype)
+    up = operand("up", up_TI, (tokens, width), dtype)
     p, a = (None, None) if deferred is None else deferred
     if p is not None and a is not None:
-        a = _input("deferred's A", a, (None, width), dtype).contiguous()
-        p = _input("deferred's P", p, (tokens, None), dtype)
+        a = operand("deferred's A", a, (None, width), dtype).contiguous()
+        p = operand("deferred's P", p, (tokens, None), dtype)
         if p.shape[1] < a.shape[0]:
             raise ValueError(f"deferred's P has {p.shape[1]} columns, A has {a.shape[0]} rows")
-    dgate = _output("dgate", dgate, (tokens, width), dh)
-    dup = _output("dup", dup, (tokens, width), dh)
+    dgate = output("dgate", dgate, (tokens, width), dh)
+    dup = output("dup", dup, (tokens, width), dh)
     if h is not None:
-        _output("h", h, (tokens, width), dh)
+        output("h", h, (tokens, width), dh)
     rank = 0 if a is None else a.shape[0]
     if not runs_kernels(dh, gate, up, p, a, dgate, dup, h):
-        wide = _wide(dtype)
+        wide = arithmetic_dtype(dtype)
         g, u, wide_dh = gate.to(wide), up.to(wide), dh.to(wide)
         if p is not None and a is not None:
             wide_dh = torch.addmm(wide_dh, p[:, :rank].to(wide), a.to(wide), alpha=scale)
@@ -421,30 +410,6 @@ def swiglu_backward(
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {sorted(ACTIVATIONS)}")
-
-
-def _input(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` with a contiguous last dimension, after a look at its shape (None: any size) and dtype."""
-    given = tuple(tensor.shape)
-    if len(given) != len(shape) or any(want not in (None, size) for size, want in zip(given, shape, strict=True)):
-        expected = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} has shape {given}, expected ({expected})")
-    if not tensor.is_floating_point() or (dtype is not None and tensor.dtype != dtype):
-        raise ValueError(f"{name} is {tensor.dtype}, expected {dtype or 'a floating-point dtype'}")
-    if given[-1] == 0:
-        raise ValueError(f"{name} has shape {given}: nothing in a row")
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _output(name: str, given: Tensor | None, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """`given`, checked, or a new matrix. An output is never copied, so its rows must be fit to be written."""
-    if given is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if tuple(given.shape) != shape or given.dtype != like.dtype:
-        raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected {like.dtype} {shape}")
-    if given.stride(1) != 1 or (shape[0] > 1 and given.stride(0) < shape[1]):
-        raise ValueError(f"{name} has strides {given.stride()}, expected contiguous rows that do not overlap")
-    return given
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -39,6 +39,14 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=30.0, gt=0, description="time to write a checkpoint after SIGTERM")
     max_recoveries: int = Field(default=3, ge=0, description="lost workers a job survives without a new checkpoint")
     keep_checkpoints: int = Field(default=3, ge=1, description="resumable states kept for a job, besides the best")
+    weight_cache_dir: Path | None = Field(
+        default=None, description="the base models' quantised weights; data_dir/weights when unset"
+    )
+    weight_cache_bytes: int = Field(
+        default=50 * 1024**3,
+        ge=0,
+        description="how large that folder may grow before the weights unused for longest go; 0 keeps none",
+    )
     device: str | None = Field(default=None, description="torch device of the engine; unset: cuda if there is one")
     log_level: str = "INFO"
 
@@ -46,6 +54,11 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The URL in use."""
         return self.database_url or f"sqlite:///{self.data_dir / 'graft.db'}"
+
+    @property
+    def weight_cache(self) -> Path:
+        """The folder in use."""
+        return self.weight_cache_dir or self.data_dir / "weights"
 
     def require_database_url(self) -> str:
         """The URL, after the folder of an SQLite file has been made. Raises ConfigurationError if it cannot be."""

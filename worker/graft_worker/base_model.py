@@ -3,16 +3,23 @@
 The model is built without memory for its weights and filled one tensor at a time, so the most that is ever held is the
 finished model plus one tensor in its stored precision. Code in the repository or folder is never run, and weights are
 read from safetensors only: a pickle can execute anything.
+
+Quantised weights are kept on disk (`weight_cache`), so only the first load quantises; later ones get the same bytes.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging
+import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import quantize_4bit
@@ -32,9 +39,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from graft.recipe import Quantization
-from graft_kernels.nf4 import NF4Weight
+from graft_kernels.nf4 import SECOND_LEVEL_BLOCKSIZE, NF4Weight
 from graft_worker.failures import TrainingFailure
 from graft_worker.lora import LoraLinear
+from graft_worker.weight_cache import CacheKey, DamagedEntry, Entry, EntryWriter, Slot, WeightCache, sha256_of
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[Literal["info", "warn"], str], None]
 
 # Each of these is loaded in the tests and compared with transformers' own loading. Another architecture may well work;
 # until it has been compared it is refused, because a base that loads wrongly trains without complaint.
@@ -54,6 +66,9 @@ _DOWNLOAD = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "
 _DO_NOT_DOWNLOAD = ["*/*", "consolidated*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKSIZE = 64
+# What is smaller shares one segment of the cache with its like.
+_LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,11 +103,15 @@ def load_base_model(
     quantization: Quantization,
     device: torch.device | str,
     compute_dtype: torch.dtype | None = None,
+    cache: WeightCache | None = None,
+    report: Report | None = None,
 ) -> BaseModel:
     """Load a Hugging Face repository or a local folder, frozen, onto `device`.
 
     The linear layers of the decoder blocks become `LoraLinear`, in NF4 with double quantisation if asked for.
-    Embeddings, norms and the output head stay in `compute_dtype` (None: `default_compute_dtype`).
+    Embeddings, norms and the output head stay in `compute_dtype` (None: `default_compute_dtype`). With a `cache`,
+    quantised weights are read from there, or written there; a cache that fails costs time and a warning, no more.
+    `report` is told where the weights came from, in sentences for the owner of the job (None: the log is).
 
     Raises:
         TrainingFailure: base_model_unavailable, unsafe_weights, unsupported_base_model, out_of_memory.
@@ -105,15 +124,31 @@ def load_base_model(
     shards = _weight_files(folder, str(source))
     config = _read(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), str(source))
     _check_supported(config, str(source))
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(source))
-    if not tokenizer.is_fast:
-        raise TrainingFailure(
-            "unsupported_base_model", f"{source} has no tokenizer.json; a fast tokenizer is needed.", "model"
-        )
+    fingerprint = _fingerprint(folder, shards, cache, str(source))
+    loader = _Loader(
+        config=config,
+        shards=shards,
+        quantization=quantization,
+        device=device,
+        dtype=compute_dtype,
+        source=str(source),
+        fingerprint=fingerprint,
+        cache=cache if quantization == "nf4" else None,  # else an entry would be a second copy of the checkpoint
+        report=report or _to_log,
+    )
     try:
-        model = _empty_model(config, compute_dtype)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        _fill(model, shards, quantization, device, compute_dtype, str(source))
+        entry = loader.begin()
+        try:
+            tokenizer = _read(lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), str(source))
+            if not tokenizer.is_fast:
+                raise TrainingFailure(
+                    "unsupported_base_model", f"{source} has no tokenizer.json; a fast tokenizer is needed.", "model"
+                )
+        except BaseException:
+            if entry is not None:
+                entry.close()
+            raise
+        model = loader.load(entry)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingFailure(
             "out_of_memory",
@@ -126,13 +161,17 @@ def load_base_model(
         tokenizer=tokenizer,
         source=str(source),
         revision=_commit(folder) or revision,
-        fingerprint=_fingerprint(folder, shards),
+        fingerprint=fingerprint,
         quantization=quantization,
         device=device,
         compute_dtype=compute_dtype,
-        num_parameters=num_parameters,
+        num_parameters=_num_parameters(model),
         num_bytes=_num_bytes(model),
     )
+
+
+def _to_log(level: Literal["info", "warn"], message: str) -> None:
+    log.log(logging.WARNING if level == "warn" else logging.INFO, message)
 
 
 # Where the files are ------------------------------------------------------------------------------------------------
@@ -207,13 +246,17 @@ def _commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def _fingerprint(folder: Path, shards: list[Path]) -> str:
+def _fingerprint(folder: Path, shards: list[Path], cache: WeightCache | None, source: str) -> str:
     """SHA-256 over (name, SHA-256 of the contents) of every file the model and its tokenizer were made from."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    small = [folder / name for name in names if (folder / name).is_file()]
+    try:
+        digests = [*sha256_of(small), *(sha256_of(shards) if cache is None else cache.digests(shards))]
+    except OSError as error:
+        raise TrainingFailure("base_model_unavailable", f"{source} cannot be read: {error}", "model") from error
     digest = hashlib.sha256()
-    for path in [*(folder / name for name in names if (folder / name).is_file()), *shards]:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path, contents in zip([*small, *shards], digests, strict=True):
+        digest.update(f"{path.name} {contents}\n".encode())
     return digest.hexdigest()
 
 
@@ -271,6 +314,137 @@ def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 # Filling ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Loader:
+    """The ways to a filled model: out of the cache; or out of the checkpoint, and into the cache on the way."""
+
+    config: Any
+    shards: list[Path]
+    quantization: Quantization
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+    fingerprint: str
+    cache: WeightCache | None
+    report: Report
+
+    def begin(self) -> Entry | None:
+        """Start to read the cache's entry in the background; None if there is none that could be read."""
+        if self.cache is None:
+            return None
+        try:
+            entry = self.cache.open(self._key)
+        except DamagedEntry as error:
+            self._report_damage(error)
+            return None
+        if entry is not None:
+            try:
+                entry.start(self.device)
+            except OSError as error:
+                self._discard(entry, DamagedEntry(f"it cannot be read: {error}"))
+                return None
+            except BaseException:
+                entry.close()
+                raise
+        return entry
+
+    def load(self, entry: Entry | None) -> PreTrainedModel:
+        """The filled model: from this entry, which is being read, or else from the checkpoint."""
+        model = self._load(entry, self.cache)
+        if model is None:
+            # Another process has written the entry while we quantised. Its bytes are those that later loads will see,
+            # and ours may differ in a last bit; so we take them too, once our own have made room.
+            gc.collect()
+            model = self._load(self.begin(), None)
+        assert model is not None  # None comes only from a writer
+        return model
+
+    def _load(self, entry: Entry | None, into: WeightCache | None) -> PreTrainedModel | None:
+        model = None if entry is None else self._from_cache(entry)
+        return self._from_checkpoint(into) if model is None else model
+
+    @property
+    def _key(self) -> CacheKey:
+        return CacheKey(
+            fingerprint=self.fingerprint,
+            quantization=self.quantization,
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            blocksize=_BLOCKSIZE,
+        )
+
+    def _discard(self, entry: Entry, error: DamagedEntry) -> None:
+        assert self.cache is not None
+        self.cache.remove(entry, str(error))
+        self._report_damage(error)
+
+    def _report_damage(self, error: DamagedEntry) -> None:
+        self.report("warn", f"The cached weights were damaged ({error}) and are made again")
+
+    def _from_cache(self, entry: Entry) -> PreTrainedModel | None:
+        """None if the entry is damaged; it is gone then."""
+        model = _empty_model(self.config, self.dtype)
+        try:
+            if not entry.fits(_groups(model, self.dtype)):
+                raise DamagedEntry("its tensors are not the model's")
+            tensors = entry.tensors()
+        except DamagedEntry as error:
+            self._discard(entry, error)
+            return None
+        except BaseException:
+            entry.close()
+            raise
+        _fill_from_entry(model, tensors, self.device, self.source)
+        weakref.finalize(model, entry.close).atexit = False
+        self.report(
+            "info", f"Read the quantised weights from the cache ({entry.num_bytes / 1e9:.1f} GB, {entry.seconds:.1f} s)"
+        )
+        return model
+
+    def _from_checkpoint(self, cache: WeightCache | None) -> PreTrainedModel | None:
+        """Filled, and `cache` with it; None if another process has written the entry in the meantime."""
+        began = time.monotonic()
+        model = _empty_model(self.config, self.dtype)
+        writer = None
+        try:
+            if cache is not None:
+                writer = cache.create(self._key, _groups(model, self.dtype))
+        except OSError as error:
+            self._report_uncached(error)
+        try:
+            _fill(model, self.shards, self.quantization, self.device, self.dtype, self.source, writer)
+        except BaseException:
+            if writer is not None:
+                writer.abort()
+            raise
+        quantised = f"Quantised the weights ({time.monotonic() - began:.1f} s)"
+        if writer is None:
+            if self.quantization == "nf4":
+                self.report("info", quantised)
+            return model
+        try:
+            descriptor = writer.finish()
+        except OSError as error:
+            self.report("info", quantised)
+            self._report_uncached(error)
+            return model
+        if descriptor is None:
+            return None
+        weakref.finalize(model, os.close, descriptor).atexit = False
+        seconds = time.monotonic() - began
+        self.report(
+            "info", f"{quantised} and kept them in the cache ({writer.num_bytes / 1e9:.1f} GB, {seconds:.1f} s)"
+        )
+        return model
+
+    def _report_uncached(self, error: OSError) -> None:
+        assert self.cache is not None
+        reason = error.strerror or str(error)
+        self.report(
+            "warn",
+            f"The quantised weights are not kept in {self.cache.folder} ({reason}): the next load makes them again",
+        )
+
+
 def _fill(
     model: PreTrainedModel,
     shards: list[Path],
@@ -278,11 +452,12 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     source: str,
+    writer: EntryWriter | None,
 ) -> None:
-    """Read every tensor once, straight to its place. Afterwards nothing of the model is on the meta device."""
+    """Read every tensor once, straight to its place, and show `writer` what becomes of it."""
     linears = _decoder_linears(model)
     owners = {name: name.rpartition(".")[::2] for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = _tied(model)
     biases: dict[str, Tensor] = {}
     weights: dict[str, NF4Weight | Tensor] = {}
     filled: set[str] = set()
@@ -304,19 +479,57 @@ def _fill(
                 "model",
             )
         filled.add(name)
-        if path in linears and attribute == "weight":
-            weights[path] = _quantize(tensor) if quantization == "nf4" else tensor.to(dtype)
-        elif path in linears:
-            biases[path] = tensor.to(dtype)
+        if path in linears and attribute == "weight" and quantization == "nf4":
+            weight = weights[path] = _quantize(tensor)
+            parts = _parts(weight)
         else:
-            setattr(module, attribute, nn.Parameter(tensor.to(dtype), requires_grad=False))
+            tensor = tensor.to(dtype)
+            parts = {"": tensor}
+            if path not in linears:
+                setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+            elif attribute == "weight":
+                weights[path] = tensor
+            else:
+                biases[path] = tensor
+        if writer is not None and name not in tied:
+            for part, value in parts.items():
+                writer.put(name + part, value)
     missing = sorted(owners.keys() - filled - tied)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"holds {sorted(unexpected)[0]}, which its config has no place for"
         raise TrainingFailure("base_model_unavailable", f"The checkpoint of {source} {what}.", "model")
-    for path in linears:
+    _complete(model, weights, biases, device, source)
+
+
+def _fill_from_entry(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device, source: str) -> None:
+    """Put the tensors of a cache's entry in their places."""
+    linears = _decoder_linears(model)
+    biases: dict[str, Tensor] = {}
+    weights: dict[str, NF4Weight | Tensor] = {}
+    for name, parameter in list(model.named_parameters()):
+        path, _, attribute = name.rpartition(".")
+        if path not in linears:
+            setattr(model.get_submodule(path), attribute, nn.Parameter(tensors[name], requires_grad=False))
+        elif attribute == "bias":
+            biases[path] = tensors[name]
+        else:
+            parts = {part: tensors[name + suffix] for part, suffix in _PARTS.items()}
+            N, K = parameter.shape
+            weights[path] = NF4Weight(shape=(N, K), blocksize=_BLOCKSIZE, **parts)
+    _complete(model, weights, biases, device, source)
+
+
+def _complete(
+    model: PreTrainedModel,
+    weights: dict[str, NF4Weight | Tensor],
+    biases: dict[str, Tensor],
+    device: torch.device,
+    source: str,
+) -> None:
+    """The rest, when all tensors are there. Afterwards nothing of the model is on the meta device."""
+    for path, weight in weights.items():
         parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LoraLinear(weights[path], biases.get(path)))
+        setattr(model.get_submodule(parent), attribute, LoraLinear(weight, biases.get(path)))
     model.tie_weights()
     for module in model.modules():
         for buffer_name, buffer in list(module.named_buffers(recurse=False)):
@@ -340,9 +553,14 @@ def _tensors(shards: list[Path], device: torch.device, source: str) -> Iterator[
             ) from error
 
 
+def _blocks(model: PreTrainedModel) -> list[str]:
+    """Paths of the lists of decoder blocks."""
+    return [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+
+
 def _decoder_linears(model: PreTrainedModel) -> set[str]:
     """Paths of the linear layers inside the decoder blocks, the places an adapter can go. Never the output head."""
-    blocks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = _blocks(model)
     return {
         path
         for path, module in model.named_modules()
@@ -350,10 +568,65 @@ def _decoder_linears(model: PreTrainedModel) -> set[str]:
     }
 
 
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that are another one under a second name."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def _quantize(tensor: Tensor) -> NF4Weight:
     """NF4, blocks of 64, scales quantised again: QLoRA's storage (arXiv 2305.14314)."""
-    packed, state = quantize_4bit(tensor, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = quantize_4bit(tensor, blocksize=_BLOCKSIZE, compress_statistics=True, quant_type="nf4")
     return NF4Weight.from_bitsandbytes(packed, state)
+
+
+# The parts of an NF4Weight, and how their names in the cache end.
+_PARTS = {part: f".{part}" for part in ("packed", "absmax", "absmax2", "code2", "offset")}
+
+
+def _parts(weight: NF4Weight) -> dict[str, Tensor]:
+    return {suffix: getattr(weight, part) for part, suffix in _PARTS.items()}
+
+
+def _groups(model: PreTrainedModel, dtype: torch.dtype) -> list[list[Slot]]:
+    """What the cache holds of a model (its empty form says it), by segment.
+
+    A segment is memory that is given back as a whole: the quantised weights of one block, or one large tensor.
+    """
+    linears, tied, blocks = _decoder_linears(model), _tied(model), _blocks(model)
+    groups: dict[str, list[Slot]] = {}
+    small: list[Slot] = []
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        if path in linears and attribute == "weight":
+            list_path = next(block for block in blocks if path.startswith(block + "."))
+            block = list_path + "." + path.removeprefix(list_path + ".").split(".")[0]
+            groups.setdefault(block, []).extend(_nf4_slots(name, parameter.numel()))
+        elif name not in tied:
+            slot = Slot(name, dtype, tuple(parameter.shape))
+            if slot.nbytes < _LARGE_BYTES:
+                small.append(slot)
+            else:
+                groups[name] = [slot]
+    return [*groups.values(), *([small] if small else [])]
+
+
+def _nf4_slots(name: str, numel: int) -> list[Slot]:
+    num_blocks = -(-numel // _BLOCKSIZE)
+    return [
+        Slot(name + _PARTS["packed"], torch.uint8, (-(-numel // 2),)),
+        Slot(name + _PARTS["absmax"], torch.uint8, (num_blocks,)),
+        Slot(name + _PARTS["absmax2"], torch.float32, (-(-num_blocks // SECOND_LEVEL_BLOCKSIZE),)),
+        Slot(name + _PARTS["code2"], torch.float32, (256,)),
+        Slot(name + _PARTS["offset"], torch.float32, ()),
+    ]
+
+
+def _num_parameters(model: nn.Module) -> int:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            total += module.out_features * module.in_features + (0 if module.bias is None else module.bias.numel())
+    return total
 
 
 def _num_bytes(model: nn.Module) -> int:

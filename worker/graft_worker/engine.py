@@ -83,6 +83,7 @@ class Engine:
     def _warm_base(self, spec: TrainingSpec) -> Any:
         """The base model of the job; loaded only if the job before used another one."""
         from graft_worker.base_model import load_base_model
+        from graft_worker.weight_cache import WeightCache
 
         key = (spec.model_source, spec.model_revision, spec.recipe.quantization)
         if key != self._base_key:
@@ -94,7 +95,12 @@ class Engine:
                 "log", level="info", message=f"Loading the base model {spec.recipe.base_model} on {device}", data={}
             )
             self._base = load_base_model(
-                spec.model_source, spec.model_revision, quantization=spec.recipe.quantization, device=device
+                spec.model_source,
+                spec.model_revision,
+                quantization=spec.recipe.quantization,
+                device=device,
+                cache=WeightCache(self._settings.weight_cache, self._settings.weight_cache_bytes),
+                report=lambda level, message: self._say("log", level=level, message=message, data={}),
             )
             self._base_key = key
             seconds = time.monotonic() - began

@@ -17,7 +17,7 @@ f(x) = c·tanh(x / c) for a softcap c, else f(x) = x:
 
 Kept for the backward: q, k, v, O and L [.., Hq] in fp32; never P. FlashAttention (arXiv 2205.14135) is this with P made
 in tiles. The kernels are not written here: PyTorch carries two good ones and the flash-attn package a third. What is
-here is the choice (`attention_backend`) and the direct calls, so that a bigger hand-written Function can make them.
+here is the choice (`available_backends`) and the direct calls, so that a bigger hand-written Function can make them.
 
     cudnn       dense; the fastest on Hopper and Blackwell data-centre cards. cuDNN builds a plan at each new shape,
                 some 150 ms for each direction, so let the lengths come in a few sizes (multiples of 128 say)
@@ -41,7 +41,7 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +53,8 @@ __all__ = [
     "BACKENDS",
     "AttentionPlan",
     "AttentionSaved",
+    "AttentionTensors",
     "attention",
-    "attention_backend",
     "attention_backward",
     "attention_forward",
     "attention_reference",
@@ -79,11 +79,27 @@ class AttentionPlan(NamedTuple):
     deterministic: bool
 
 
-class AttentionSaved(NamedTuple):
-    """What the forward leaves for the backward: `tensors` for `save_for_backward`, and `plan` for the context."""
+class AttentionTensors(NamedTuple):
+    """What a backend's forward leaves for its backward."""
 
-    tensors: tuple[Tensor | None, ...]  # q, k, v, out, logsumexp, cu_seqlens, and two that belong to the backend
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    logsumexp: Tensor
+    cu_seqlens: Tensor | None
+    seed: Tensor | None = None  # of a dropout that is always 0, but the backends' backwards ask for both
+    offset: Tensor | None = None
+
+
+class AttentionSaved(NamedTuple):
+    """`tensors` for `save_for_backward`, and `plan` for the context."""
+
+    tensors: AttentionTensors
     plan: AttentionPlan
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
 
 # The definition.
@@ -180,8 +196,10 @@ def _scores(q_BHRD: Tensor, k_BHCD: Tensor, visible: Tensor, plan: AttentionPlan
 
 def _reference_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan
-) -> tuple[Tensor, Tensor]:
-    """out [B, S, Hq, D] and L [B, S, Hq]."""
+) -> AttentionTensors:
+    given = q, k, v
+    if cu_seqlens is not None:
+        q, k, v = q[None], k[None], v[None]
     work, key_heads = torch.promote_types(q.dtype, torch.float32), k.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.zeros(q.shape[:3], dtype=work, device=q.device)
@@ -192,12 +210,15 @@ def _reference_forward(
         o_BHRD = scores.sub_(lse_BHR1).exp_() @ v_BHCD
         out[:, rows] = _by_query_head(o_BHRD, visible.shape[0]).to(q.dtype)
         lse[:, rows] = _by_query_head(lse_BHR1, visible.shape[0])[..., 0]
-    return out, lse
+    if cu_seqlens is not None:
+        out, lse = out[0], lse[0]
+    return AttentionTensors(*given, out, lse, cu_seqlens)
 
 
-def _reference_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_backward(dout: Tensor, saved: AttentionTensors, plan: AttentionPlan) -> Gradients:
+    q, k, v, _, lse, cu_seqlens, *_ = saved
+    if cu_seqlens is not None:
+        dout, q, k, v, lse = (x[None] for x in (dout, q, k, v, lse))
     work, key_heads = lse.dtype, k.shape[2]
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=work, device=x.device).transpose(1, 2) for x in (k, v))
@@ -214,7 +235,8 @@ def _reference_backward(
             ds.mul_(1 - (scores / plan.softcap).clamp_(min=-1.0).square_())
         dq[:, rows] = _by_query_head(ds @ k_BHCD, visible.shape[0]).to(q.dtype)
         dk[:, :, columns] += ds.transpose(2, 3) @ q_BHRD
-    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+    dk, dv = dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
+    return (dq, dk, dv) if cu_seqlens is None else (dq[0], dk[0], dv[0])
 
 
 # Which backend.
@@ -284,20 +306,6 @@ def available_backends(
     return [name for name in order if not _misfit(name, q, k, **options)]
 
 
-def attention_backend(
-    q: Tensor,
-    k: Tensor,
-    *,
-    packed: bool = False,
-    deterministic: bool = False,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> str:
-    """The backend that `attention` takes for this."""
-    options: dict[str, Any] = {"packed": packed, "deterministic": deterministic, "window": window, "softcap": softcap}
-    return available_backends(q, k, **options)[0]
-
-
 @contextlib.contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
     """torch's process-wide switch at `on`, and back to what it was, whatever happens in between."""
@@ -334,6 +342,108 @@ def _check_accumulator(q: Tensor, documents: int | None) -> None:
             f"{tokens} tokens x {q.shape[-2]} heads x head size {q.shape[-1]} are {elements} elements of dq; "
             f"FlashAttention-2's backward counts them in 32 bits. Give it fewer tokens at a time"
         )
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan) -> AttentionTensors:
+    q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q_BHSD, k_BHSD, v_BHSD, None, True, 0.0, True, False, scale=plan.scale
+    )
+    return AttentionTensors(q, k, v, out.transpose(1, 2), lse, cu_seqlens, seed, offset)
+
+
+def _cudnn_backward(dout: Tensor, saved: AttentionTensors, plan: AttentionPlan) -> Gradients:
+    q, k, v, out, lse, _, seed, offset = saved
+    do_BHSD, q_BHSD, k_BHSD, v_BHSD, o_BHSD = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    length = plan.longest
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *(do_BHSD, q_BHSD, k_BHSD, v_BHSD, o_BHSD, lse, seed, offset),
+        *(None, None, None, length, length, 0.0, True),
+        scale=plan.scale,
+    )
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def _torch_window(plan: AttentionPlan) -> dict[str, int | None]:
+    """torch's names: how many tokens are seen to the left besides the own one; -1 is no limit."""
+    return {"window_size_left": -1 if plan.window is None else plan.window - 1, "window_size_right": 0}
+
+
+def _flash_lengths(cu_seqlens: Tensor | None, plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, int, int]:
+    # Not 1: for single queries FlashAttention folds the heads of a group into rows, which counts on there being as
+    # many tokens as documents; an empty document breaks that.
+    longest = plan.longest if cu_seqlens is None else max(2, plan.longest)
+    return cu_seqlens, cu_seqlens, longest, longest
+
+
+def _torch_flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan
+) -> AttentionTensors:
+    lengths = _flash_lengths(cu_seqlens, plan)
+    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *lengths, 0.0, plan.window is None, False, scale=plan.scale, **_torch_window(plan)
+    )
+    return AttentionTensors(q, k, v, out, lse, cu_seqlens, rng, unused)
+
+
+def _torch_flash_backward(dout: Tensor, saved: AttentionTensors, plan: AttentionPlan) -> Gradients:
+    q, k, v, out, lse, cu_seqlens, rng, unused = saved
+    lengths = _flash_lengths(cu_seqlens, plan)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        *(dout, q, k, v, out, lse, *lengths, 0.0, plan.window is None, rng, unused),
+        scale=plan.scale,
+        **_torch_window(plan),
+    )
+    return dq, dk, dv
+
+
+def _flash_attn_options(cu_seqlens: Tensor | None, plan: AttentionPlan) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dropout_p": 0.0,
+        "softmax_scale": plan.scale,
+        "causal": True,
+        "softcap": 0.0 if plan.softcap is None else plan.softcap,
+        "alibi_slopes": None,
+        **_torch_window(plan),
+    }
+    if cu_seqlens is not None:
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        options |= dict(zip(names, _flash_lengths(cu_seqlens, plan), strict=True))
+    return options
+
+
+def _flash_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan
+) -> AttentionTensors:
+    package = _flash_attn()
+    call = package._flash_attn_forward if cu_seqlens is None else package._flash_attn_varlen_forward
+    out, lse, _, rng = call(q, k, v, return_softmax=False, **_flash_attn_options(cu_seqlens, plan))
+    return AttentionTensors(q, k, v, out, lse, cu_seqlens, rng)
+
+
+def _flash_attn_backward(dout: Tensor, saved: AttentionTensors, plan: AttentionPlan) -> Gradients:
+    q, k, v, out, lse, cu_seqlens, rng, _ = saved
+    package = _flash_attn()
+    call = package._flash_attn_backward if cu_seqlens is None else package._flash_attn_varlen_backward
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    options = _flash_attn_options(cu_seqlens, plan)
+    call(dout, q, k, v, out, lse, dq, dk, dv, deterministic=plan.deterministic, rng_state=rng, **options)
+    return dq, dk, dv
+
+
+_Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionPlan], AttentionTensors]
+_Backward = Callable[[Tensor, AttentionTensors, AttentionPlan], Gradients]
+_CALLS: dict[str, tuple[_Forward, _Backward]] = {
+    "cudnn": (_cudnn_forward, _cudnn_backward),
+    "flash": (_torch_flash_forward, _torch_flash_backward),
+    "varlen": (_torch_flash_forward, _torch_flash_backward),
+    "flash_attn": (_flash_attn_forward, _flash_attn_backward),
+    "reference": (_reference_forward, _reference_backward),
+}
+
+
+# The launchers.
 
 
 def _check(
@@ -402,168 +512,36 @@ def attention_forward(
     q, k, v = q.detach(), k.detach(), v.detach()
     options: dict[str, Any] = {"packed": packed, "deterministic": deterministic, "window": window, "softcap": softcap}
     if backend is None:
-        backend = attention_backend(q, k, **options)
+        backend = available_backends(q, k, **options)[0]
     elif misfit := _misfit(backend, q, k, **options):
         raise ValueError(f"backend {backend!r}: {misfit}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = AttentionPlan(backend, scale, longest, window, softcap, deterministic)
-
-    if backend == "reference":
-        if packed:
-            out, lse = _reference_forward(q[None], k[None], v[None], cu_seqlens, plan)
-            out, lse = out[0], lse[0]
-        else:
-            out, lse = _reference_forward(q, k, v, None, plan)
-        return out, AttentionSaved((q, k, v, out, lse, cu_seqlens, None, None), plan)
-
-    if backend != "cudnn":
+    if backend not in ("reference", "cudnn"):
         _check_accumulator(q, None if cu_seqlens is None else cu_seqlens.numel() - 1)
-    q, k, v = _kernel_ready(q), _kernel_ready(k), _kernel_ready(v)
-    if backend == "cudnn":
-        out, lse, seed, offset = _cudnn_forward(q, k, v, plan)
-    elif backend == "flash_attn":
-        out, lse, seed, offset = _flash_attn_forward(q, k, v, cu_seqlens, plan)
-    else:
-        out, lse, seed, offset = _torch_flash_forward(q, k, v, cu_seqlens, plan)
-    return out, AttentionSaved((q, k, v, out, lse, cu_seqlens, seed, offset), plan)
+    if backend != "reference":
+        q, k, v = _kernel_ready(q), _kernel_ready(k), _kernel_ready(v)
+    forward, _ = _CALLS[backend]
+    tensors = forward(q, k, v, cu_seqlens, plan)
+    return tensors.out, AttentionSaved(tensors, plan)
 
 
-def attention_backward(dout: Tensor, saved: AttentionSaved) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(dout: Tensor, saved: AttentionSaved) -> Gradients:
     """dq, dk, dv for `dout`, which has the shape of out."""
-    q, k, v, out, lse, cu_seqlens, seed, offset = saved.tensors
-    assert q is not None and k is not None and v is not None and out is not None and lse is not None  # noqa: PT018
-    plan = saved.plan
+    tensors, plan = saved
+    out = tensors.out
     if dout.shape != out.shape or dout.dtype != out.dtype:
         raise ValueError(f"dout is {dout.dtype} {tuple(dout.shape)}, but the output was {out.dtype} {tuple(out.shape)}")
+    _, backward = _CALLS[plan.backend]
     if plan.backend == "reference":
-        if cu_seqlens is None:
-            return _reference_backward(dout, q, k, v, lse, None, plan)
-        dq, dk, dv = _reference_backward(dout[None], q[None], k[None], v[None], lse[None], cu_seqlens, plan)
-        return dq[0], dk[0], dv[0]
+        return backward(dout, tensors, plan)
+    # A caller that rebuilt q, k and v may bring them as they came into the forward.
+    q, k, v = (_kernel_ready(x) for x in tensors[:3])
+    tensors = tensors._replace(q=q, k=k, v=v)
     # cuDNN's plans are found again by the layout of q, k, v alone, so dout always comes in the same one.
     dout = _kernel_ready(dout.contiguous())
-    switch = _deterministic(True) if plan.deterministic else contextlib.nullcontext()
-    with switch:
-        if plan.backend == "cudnn":
-            return _cudnn_backward(dout, q, k, v, out, lse, seed, offset, plan)
-        if plan.backend == "flash_attn":
-            return _flash_attn_backward(dout, q, k, v, out, lse, cu_seqlens, seed, plan)
-        return _torch_flash_backward(dout, q, k, v, out, lse, cu_seqlens, seed, offset, plan)
-
-
-_Forward = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> _Forward:
-    q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q_BHSD, k_BHSD, v_BHSD, None, True, 0.0, True, False, scale=plan.scale
-    )
-    return out.transpose(1, 2), lse, seed, offset
-
-
-def _cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    offset: Tensor | None,
-    plan: AttentionPlan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    do_BHSD, q_BHSD, k_BHSD, v_BHSD, o_BHSD = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    length = plan.longest
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *(do_BHSD, q_BHSD, k_BHSD, v_BHSD, o_BHSD, lse, seed, offset),
-        *(None, None, None, length, length, 0.0, True),
-        scale=plan.scale,
-    )
-    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-    return dq, dk, dv
-
-
-def _torch_window(plan: AttentionPlan) -> dict[str, int | None]:
-    """torch's names: how many tokens are seen to the left besides the own one; -1 is no limit."""
-    return {"window_size_left": -1 if plan.window is None else plan.window - 1, "window_size_right": 0}
-
-
-def _flash_lengths(cu_seqlens: Tensor | None, plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, int, int]:
-    # Not 1: for single queries FlashAttention folds the heads of a group into rows, which counts on there being as
-    # many tokens as documents; an empty document breaks that.
-    longest = plan.longest if cu_seqlens is None else max(2, plan.longest)
-    return cu_seqlens, cu_seqlens, longest, longest
-
-
-def _torch_flash_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan) -> _Forward:
-    lengths = _flash_lengths(cu_seqlens, plan)
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *lengths, 0.0, plan.window is None, False, scale=plan.scale, **_torch_window(plan)
-    )
-    return out, lse, rng, unused
-
-
-def _torch_flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    rng: Tensor | None,
-    unused: Tensor | None,
-    plan: AttentionPlan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = _flash_lengths(cu_seqlens, plan)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        *(dout, q, k, v, out, lse, *lengths, 0.0, plan.window is None, rng, unused),
-        scale=plan.scale,
-        **_torch_window(plan),
-    )
-    return dq, dk, dv
-
-
-def _flash_attn_options(cu_seqlens: Tensor | None, plan: AttentionPlan) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "dropout_p": 0.0,
-        "softmax_scale": plan.scale,
-        "causal": True,
-        "softcap": 0.0 if plan.softcap is None else plan.softcap,
-        "alibi_slopes": None,
-        **_torch_window(plan),
-    }
-    if cu_seqlens is not None:
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        options |= dict(zip(names, _flash_lengths(cu_seqlens, plan), strict=True))
-    return options
-
-
-def _flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plan: AttentionPlan) -> _Forward:
-    package = _flash_attn()
-    call = package._flash_attn_forward if cu_seqlens is None else package._flash_attn_varlen_forward
-    out, lse, _, rng = call(q, k, v, return_softmax=False, **_flash_attn_options(cu_seqlens, plan))
-    return out, lse, rng, None
-
-
-def _flash_attn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    rng: Tensor | None,
-    plan: AttentionPlan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    package = _flash_attn()
-    call = package._flash_attn_backward if cu_seqlens is None else package._flash_attn_varlen_backward
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    options = _flash_attn_options(cu_seqlens, plan)
-    call(dout, q, k, v, out, lse, dq, dk, dv, deterministic=plan.deterministic, rng_state=rng, **options)
-    return dq, dk, dv
+    with _deterministic(True) if plan.deterministic else contextlib.nullcontext():
+        return backward(dout, tensors, plan)
 
 
 class _Attention(torch.autograd.Function):
@@ -577,7 +555,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        grads = attention_backward(dout, AttentionSaved(ctx.saved_tensors, ctx.plan))
+        grads = attention_backward(dout, AttentionSaved(AttentionTensors(*ctx.saved_tensors), ctx.plan))
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
@@ -604,7 +582,7 @@ def attention(
             would mean waiting for it, and wrong ones read outside the tensors.
         max_seqlen: the length of the longest packed document, or a bound for it.
         scale: of the scores; None is D^-1/2.
-        backend: one of `BACKENDS` by name; None is the best one, `attention_backend` tells which.
+        backend: one of `BACKENDS` by name; None is the first of `available_backends`.
         deterministic: dq the same to the bit from run to run; implied by torch's own switch.
         window: how many tokens one sees, itself included; None is all before it.
         softcap: c of c·tanh(x / c) on the scores; None is no cap.

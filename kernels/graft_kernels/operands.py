@@ -1,6 +1,6 @@
-"""What the ops on matrices [T, width] share: a look at what they were given, and LoRA's columns beside a result.
+"""What the ops on rows [T, ...] share: a look at what they were given, and LoRA's columns beside a result.
 
-A matrix has rows anywhere and the elements of a row side by side. An input that is not so is copied; an output must be.
+Rows lie anywhere, the elements of a row side by side. An input that is not so is copied; an output must be.
 """
 
 from __future__ import annotations
@@ -33,34 +33,79 @@ def operand(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: tor
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def output(name: str, given: Tensor | None, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """`given`, checked, or a new matrix. An output is never copied, so its rows must be fit to be written.
+def output(name: str, given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`given`, checked, or a new tensor. An output is never copied, so its rows must be fit to be written.
 
     Raises:
         ValueError: another shape or dtype, or rows that are not contiguous or overlap.
     """
     if given is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if tuple(given.shape) != shape or given.dtype != like.dtype:
-        raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected {like.dtype} {shape}")
-    if given.stride(1) != 1 or (shape[0] > 1 and given.stride(0) < shape[1]):
-        raise ValueError(f"{name} has strides {given.stride()}, expected contiguous rows that do not overlap")
+    if given.shape != shape or given.dtype != like.dtype:
+        raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected {like.dtype} {tuple(shape)}")
+    check_writable(name, given)
     return given
 
 
-def tail_columns(rank: int, width: int, out: Tensor | None) -> int:
-    """p: how many columns stand behind the first `width` of `out`, or the fewest that hold the rank without one.
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Rows that are contiguous, and apart.
 
     Raises:
-        ValueError: too few, or no multiple of 16.
+        ValueError: they are not.
     """
-    tail = 16 * cdiv(rank, 16) if out is None else out.shape[-1] - width
+    width, contiguous = 1, True
+    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
+        contiguous = contiguous and (stride == width or size == 1)
+        width *= size
+    if not contiguous or (tensor.shape[0] > 1 and tensor.stride(0) < width):
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous rows that do not overlap")
+
+
+def row_stride(tensor: Tensor | None) -> int:
+    """From row to row; 0 for an operand that there is not."""
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def low_rank_term(
+    name: str, left: str, right: str, given: tuple[Tensor, Tensor] | None, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The factors [T, at least R], [R, width] of a product that is added to `like`, checked; (None, None) without.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if given is None:
+        return None, None
+    tokens, width = like.shape
+    right_RK = operand(f"{name}'s {right}", given[1], (None, width), like.dtype).contiguous()
+    left_TR = operand(f"{name}'s {left}", given[0], (tokens, None), like.dtype)
+    if left_TR.shape[1] < right_RK.shape[0]:
+        raise ValueError(f"{name}'s {left} has {left_TR.shape[1]} columns, {right} has {right_RK.shape[0]} rows")
+    return left_TR, right_RK
+
+
+def output_with_tail(
+    given: Tensor | None, like: Tensor, name: str, factor_RK: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(out [T, width + p], the factor, checked): a result shaped as `like`, and p columns for what `write_tail` writes.
+
+    Without a factor p is 0; without `given` it is the smallest that will do.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; or p is too small, or no multiple of 16.
+    """
+    tokens, width = like.shape
+    if factor_RK is None:
+        return output("out", given, (tokens, width), like), None
+    factor_RK = operand(name, factor_RK, (None, width), like.dtype).contiguous()
+    rank = factor_RK.shape[0]
+    tail = 16 * cdiv(rank, 16) if given is None else given.shape[-1] - width
     if tail < rank or tail % 16 != 0:
         raise ValueError(
             f"out has {width + tail} columns; with an adapter of rank {rank} it needs {width} + p, "
             "p >= rank a multiple of 16"
         )
-    return tail
+    return output("out", given, (tokens, width + tail), like), factor_RK
 
 
 def write_tail(rows: Tensor, width: int, factor_RK: Tensor, scale: float = 1.0) -> None:

@@ -33,7 +33,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, shared_memory, tl, triton
-from graft_kernels.operands import arithmetic_dtype, operand, output, tail_columns, write_tail
+from graft_kernels.operands import (
+    arithmetic_dtype,
+    low_rank_term,
+    operand,
+    output,
+    output_with_tail,
+    row_stride,
+    write_tail,
+)
 
 # The largest ranks that the kernels multiply themselves: in the backward by bytes per element (fp32 products run
 # without tensor cores), and the pending sum of the forward.
@@ -171,6 +179,24 @@ def _forward_chunks_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _again_kernel(  # type: ignore[no-untyped-def]
+    z_ptr, z_stride, rho_ptr, w_ptr, y_ptr, y_stride, T, H,
+    GEMMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """y from z and ρ, with the forward's operations."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_64 = row.to(tl.int64)[:, None]
+    mask = (row < T)[:, None] & (col < H)[None, :]
+    z = tl.load(z_ptr + row_64 * z_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    rho = tl.load(rho_ptr + row, mask=row < T, other=0.0)
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)[None, :]
+    y = z * rho[:, None]
+    y = y * (1.0 + w) if GEMMA else y.to(y_ptr.dtype.element_ty).to(tl.float32) * w
+    tl.store(y_ptr + row_64 * y_stride + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _backward_rows_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, dy_stride, z_ptr, z_stride, w_ptr, rho_ptr, dresidual_ptr, dresidual_stride, dx_ptr, dx_stride, T, H,
     HAS_DRESIDUAL: tl.constexpr, GEMMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -278,7 +304,7 @@ def _rows_tile(width: int, pending_rank: int = 0) -> tuple[int, int, int]:
     tile_size = 4 * _TILE if pending_rank > 0 else _TILE
     block_m = max(1, min(16, tile_size // block_h))
     tile = block_m * block_h
-    return block_m, block_h, 4 if tile <= 2048 else 8 if tile <= 8192 else 16
+    return block_m, block_h, 4 if tile <= 2048 else 8
 
 
 def _chunk_tile(tokens: int, itemsize: int, rank: int, device: torch.device) -> tuple[int, int, int, int]:
@@ -332,20 +358,10 @@ def rms_norm_forward(
     weight = operand("weight", weight_H, (width,))
     if residual is not None:
         residual = operand("residual", residual, (tokens, width), dtype)
-    s, b = (None, None) if pending is None else pending
-    if s is not None and b is not None:
-        b = operand("pending's B", b, (None, width), dtype).contiguous()
-        s = operand("pending's S", s, (tokens, None), dtype)
-        if s.shape[1] < b.shape[0]:
-            raise ValueError(f"pending's S has {s.shape[1]} columns, B has {b.shape[0]} rows")
-    elif z_out is not None and residual is None:
+    s, b = low_rank_term("pending", "S", "B", pending, x)
+    if z_out is not None and residual is None and pending is None:
         raise ValueError("z_out is given, but neither residual nor pending: z is x itself")
-    rank, tail = 0, 0
-    if lora_a is not None:
-        lora_a = operand("lora_a", lora_a, (None, width), dtype).contiguous()
-        rank = lora_a.shape[0]
-        tail = tail_columns(rank, width, out)
-    y = output("out", out, (tokens, width + tail), x)
+    y, lora_a = output_with_tail(out, x, "lora_a", lora_a)
     if z_out is not None:
         output("z_out", z_out, (tokens, width), x)
     kernels = runs_kernels(x, weight, residual, s, b, lora_a, y, z_out)
@@ -371,21 +387,60 @@ def rms_norm_forward(
         block_m, block_h, num_warps = _rows_tile(width, pending_rank)
         launch(
             _forward_rows_kernel, (cdiv(tokens, block_m),),
-            x, x.stride(0), residual, 0 if residual is None else residual.stride(0),
-            s, 0 if s is None else s.stride(0), b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
+            x, x.stride(0), residual, row_stride(residual),
+            s, row_stride(s), b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
             PENDING_RANK=pending_rank, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
             BLOCK_M=block_m, BLOCK_H=block_h, num_warps=num_warps,
         )  # fmt: skip
     else:
         launch(
             _forward_chunks_kernel, (cdiv(tokens, 4),),
-            x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight,
+            x, x.stride(0), residual, row_stride(residual), weight,
             y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
             HAS_RESIDUAL=residual is not None, GEMMA=gemma, BLOCK_M=4, BLOCK_H=1024, num_warps=8,
         )  # fmt: skip
     if lora_a is not None:
         write_tail(y, width, lora_a, scale)
     return y, z, rho
+
+
+def rms_norm_again(
+    z_TH: Tensor,
+    weight_H: Tensor,
+    rho_T: Tensor,
+    *,
+    gemma: bool = False,
+    out: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The y of an earlier `rms_norm_forward`, to the bit, from the z and ρ that it left.
+
+    Its sum of squares may have been formed in another order, for another choice of kernel; so ρ is not formed again.
+    The arguments are as there.
+
+    Raises:
+        ValueError: as `rms_norm_forward`.
+    """
+    z = operand("z", z_TH, (None, None))
+    (tokens, width), dtype, wide = z.shape, z.dtype, arithmetic_dtype(z.dtype)
+    weight = operand("weight", weight_H, (width,))
+    rho = operand("rho", rho_T, (tokens,), wide)
+    y, lora_a = output_with_tail(out, z, "lora_a", lora_a)
+    if runs_kernels(z, weight, rho, lora_a, y):
+        block_h = min(4096, max(16, next_power_of_2(width)))
+        block_m = max(1, min(16, _TILE // block_h))
+        launch(
+            _again_kernel, (cdiv(tokens, block_m), cdiv(width, block_h)),
+            z, z.stride(0), rho, weight, y, y.stride(0), tokens, width,
+            GEMMA=gemma, BLOCK_M=block_m, BLOCK_H=block_h, num_warps=8,
+        )  # fmt: skip
+    else:
+        w, normed = weight.to(wide), z.to(wide) * rho[:, None]
+        y[:, :width] = normed * (1.0 + w) if gemma else normed.to(dtype).to(wide) * w
+    if lora_a is not None:
+        write_tail(y, width, lora_a, scale)
+    return y
 
 
 def rms_norm_backward(
@@ -428,19 +483,10 @@ def rms_norm_backward(
     rho = operand("rho", rho_T, (tokens,), wide)
     if dresidual is not None:
         dresidual = operand("dresidual", dresidual, (tokens, width), dtype)
-    p, a = (None, None) if deferred is None else deferred
-    if p is not None and a is not None:
-        a = operand("deferred's A", a, (None, width), dtype).contiguous()
-        p = operand("deferred's P", p, (tokens, None), dtype)
-        if p.shape[1] < a.shape[0]:
-            raise ValueError(f"deferred's P has {p.shape[1]} columns, A has {a.shape[0]} rows")
-    tail_rank, tail = 0, 0
-    if lora_b is not None:
-        lora_b = operand("lora_b", lora_b, (None, width), dtype).contiguous()
-        tail_rank = lora_b.shape[0]
-        tail = tail_columns(tail_rank, width, out)
-    dx_tail = output("out", out, (tokens, width + tail), dy)
-    dx = dx_tail[:, :width]
+    p, a = low_rank_term("deferred", "P", "A", deferred, dy)
+    dx_tail, lora_b = output_with_tail(out, dy, "lora_b", lora_b)
+    dx, tail = dx_tail[:, :width], dx_tail.shape[1] - width
+    tail_rank = 0 if lora_b is None else lora_b.shape[0]
     kernels = runs_kernels(dy, z, weight, rho, dresidual, p, a, lora_b, dx)
     fused_rank = FUSED_RANK.get(dtype.itemsize, 0) if kernels else 0
     tail_fused = 0 < tail_rank <= fused_rank
@@ -459,7 +505,7 @@ def rms_norm_backward(
         launch(
             _backward_rows_kernel, (cdiv(tokens, block_m),),
             dy, dy.stride(0), z, z.stride(0), weight, rho,
-            dresidual, 0 if dresidual is None else dresidual.stride(0), dx, dx.stride(0), tokens, width,
+            dresidual, row_stride(dresidual), dx, dx.stride(0), tokens, width,
             HAS_DRESIDUAL=dresidual is not None, GEMMA=gemma, BLOCK_M=block_m, BLOCK_H=block_h, num_warps=num_warps,
         )  # fmt: skip
     else:
@@ -468,8 +514,8 @@ def rms_norm_backward(
         block_m, block_h, num_warps, groups = _chunk_tile(tokens, dtype.itemsize, max(block_r, block_b), dy.device)
         launch(
             _backward_chunks_kernel, (cdiv(tokens, block_m),),
-            dy, dy.stride(0), p, 0 if p is None else p.stride(0), a, z, z.stride(0), weight, rho,
-            dresidual, 0 if dresidual is None else dresidual.stride(0), lora_b if tail_fused else None,
+            dy, dy.stride(0), p, row_stride(p), a, z, z.stride(0), weight, rho,
+            dresidual, row_stride(dresidual), lora_b if tail_fused else None,
             dx, dx.stride(0), tokens, width, scale,
             RANK=rank, TAIL_RANK=tail_rank if tail_fused else 0, TAIL=tail,
             HAS_DRESIDUAL=dresidual is not None, GEMMA=gemma,

@@ -16,15 +16,6 @@ the one rounding at the store, but for Llama's cast; Hugging Face rounds cos, si
 to the model's dtype. Kept for the backward: nothing but the positions without a norm, so that both directions may work
 in place. With one, q and k from before it; ρ is computed again, since the backward has whole heads in registers anyway.
 
-Around LoRA's products in the rows form (`rope_qkv_forward_`, `rope_qkv_backward`): the buffer [W ; A] gives x [W ; A]ᵀ
-= [y0 | S], and this kernel, which reads y0 next, adds the update; in the backward [dY | dS]·[W ; A] is the whole
-gradient of x, and this kernel, which writes dY, writes dS beside it. b [R, ΣN] = (s·B)ᵀ, block-diagonal: the ranks of q
-are its first rows, then those of k, of v. Here v [T, K, D] takes part, unrotated; N = (heads + 2K)·D:
-
-    forward     [q | k | v] = y0 + S b               q and k turn, all in place
-    backward    dY = [dq | dk | dv]                  dq and dk turned back
-                dS = dY bᵀ                           of dY as stored; zeros in the padding to p columns
-
 A position outside the table gives NaN in the rotated part, never a read out of bounds. On the host a range can be
 checked without waiting for the device only where the positions lie on the CPU: there `rope` does so.
 """
@@ -32,20 +23,15 @@ checked without waiting for the device only where the positions lie on the CPU: 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, tl, triton
-from graft_kernels.operands import arithmetic_dtype
-
-# The largest rank of q, k or v that the kernels multiply themselves, by bytes per element; beyond it the library does.
-# fp32 products run without tensor cores.
-FUSED_RANK = {2: 128, 4: 16}
+from graft_kernels.launch import launch, next_power_of_2, runs_kernels, tl, triton
+from graft_kernels.operands import arithmetic_dtype, output, row_stride
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,285 +323,6 @@ def _rope_backward_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
-def _tile_positions(positions_ptr, row, T, sequence, HAS_POSITIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    if HAS_POSITIONS:
-        position = tl.load(positions_ptr + row, mask=row < T, other=0).to(tl.int64)
-    else:
-        position = (row % sequence).to(tl.int64)
-    return position
-
-
-@triton.jit
-def _tile_angles(  # type: ignore[no-untyped-def]
-    cos_ptr, sin_ptr, position, max_positions, first, HALF: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Columns of cos and sin from the first on, [1, tokens, BLOCK], the same for all heads."""
-    col = first + tl.arange(0, BLOCK)
-    inside = (position >= 0) & (position < max_positions)
-    mask = inside[:, None] & (col < HALF)[None, :]
-    at = position[:, None] * HALF + col[None, :]
-    c = tl.load(cos_ptr + at, mask=mask, other=float("nan"))
-    s = tl.load(sin_ptr + at, mask=mask, other=float("nan"))
-    # The columns that fill the block up take part in the products.
-    c = tl.where((col < HALF)[None, :], c, 0.0)
-    s = tl.where((col < HALF)[None, :], s, 0.0)
-    return c[None, :, :], s[None, :, :]
-
-
-@triton.jit
-def _load_tile(  # type: ignore[no-untyped-def]
-    x_ptr, row_at, row_ok, head, head_stride, first, last, HEADS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Columns first..last of some heads of some tokens, [heads, tokens, BLOCK], zeros outside."""
-    col = first + tl.arange(0, BLOCK)
-    mask = (head < HEADS)[:, None, None] & row_ok[None, :, None] & (col < last)[None, None, :]
-    at = row_at[None, :, None] + (head.to(tl.int64) * head_stride)[:, None, None] + col[None, None, :]
-    return tl.load(x_ptr + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tile(  # type: ignore[no-untyped-def]
-    x_ptr, value, row_at, row_ok, head, first, last, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    col = first + tl.arange(0, BLOCK)
-    mask = (head < HEADS)[:, None, None] & row_ok[None, :, None] & (col < last)[None, None, :]
-    at = row_at[None, :, None] + (head * D)[:, None, None] + col[None, None, :]
-    tl.store(x_ptr + at, value, mask=mask)
-
-
-@triton.jit
-def _load_pending(  # type: ignore[no-untyped-def]
-    y_ptr, row_at, row_ok, s, b_ptr, head, first, last,
-    HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """y0 + S b of a tile, fp32."""
-    y = _load_tile(y_ptr, row_at, row_ok, head, D, first, last, HEADS, BLOCK).to(tl.float32)
-    if RANK > 0:
-        r, col = tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK)
-        mask = (head < HEADS)[:, None, None] & (r < RANK)[None, :, None] & (col < last)[None, None, :]
-        at = (head * D)[:, None, None] + (r * N)[None, :, None] + col[None, None, :]
-        b = tl.load(b_ptr + at, mask=mask, other=0.0)
-        if GROUP == 1:
-            update = tl.dot(s, tl.reshape(b, (BLOCK_R, BLOCK)), input_precision="ieee")
-            y += tl.reshape(update, (1, BLOCK_M, BLOCK))
-        else:
-            # A product for each head: every warp has its own, where one product over them would have each read all.
-            each = tl.broadcast_to(s[None, :, :], (GROUP, BLOCK_M, BLOCK_R))
-            y += tl.dot(each, b, input_precision="ieee")
-    return y
-
-
-@triton.jit
-def _forward_section(  # type: ignore[no-untyped-def]
-    y_ptr, row_at, row_ok, s_ptr, b_ptr, cos_ptr, sin_ptr, position, max_positions, part,
-    ROTATE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    PER: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """PER heads of q, of k or of v, GROUP at a time."""
-    begin, end = part * PER, tl.minimum(part * PER + PER, HEADS)
-    r = tl.arange(0, BLOCK_R)
-    pending = 0.0
-    if RANK > 0:
-        pending = tl.load(
-            s_ptr + row_at[:, None] + r[None, :], mask=row_ok[:, None] & (r < RANK)[None, :], other=0.0
-        )  # fmt: skip
-    for first in tl.static_range(0, HALF, BLOCK_HALF):
-        if ROTATE:
-            c, s = _tile_angles(cos_ptr, sin_ptr, position, max_positions, first, HALF, BLOCK_HALF)
-        for start in tl.range(begin, end, GROUP, num_stages=STAGES):
-            head = start + tl.arange(0, GROUP)
-            a = _load_pending(
-                y_ptr, row_at, row_ok, pending, b_ptr, head, first, HALF,
-                HEADS, D, N, RANK, BLOCK_R, BLOCK_HALF, BLOCK_M, GROUP,
-            )  # fmt: skip
-            b = _load_pending(
-                y_ptr, row_at, row_ok, pending, b_ptr, head, HALF + first, 2 * HALF,
-                HEADS, D, N, RANK, BLOCK_R, BLOCK_HALF, BLOCK_M, GROUP,
-            )  # fmt: skip
-            if ROTATE:
-                turned_a = (a * c - b * s).to(y_ptr.dtype.element_ty)
-                turned_b = (b * c + a * s).to(y_ptr.dtype.element_ty)
-            else:
-                turned_a = a.to(y_ptr.dtype.element_ty)
-                turned_b = b.to(y_ptr.dtype.element_ty)
-            _store_tile(y_ptr, turned_a, row_at, row_ok, head, first, HALF, HEADS, D, BLOCK_HALF)
-            _store_tile(y_ptr, turned_b, row_at, row_ok, head, HALF + first, 2 * HALF, HEADS, D, BLOCK_HALF)
-    if RANK > 0:
-        for first in tl.static_range(2 * HALF, D, BLOCK_REST):
-            for start in tl.range(begin, end, GROUP, num_stages=STAGES):
-                head = start + tl.arange(0, GROUP)
-                rest = _load_pending(
-                    y_ptr, row_at, row_ok, pending, b_ptr, head, first, D,
-                    HEADS, D, N, RANK, BLOCK_R, BLOCK_REST, BLOCK_M, GROUP,
-                )  # fmt: skip
-                rest = rest.to(y_ptr.dtype.element_ty)
-                _store_tile(y_ptr, rest, row_at, row_ok, head, first, D, HEADS, D, BLOCK_REST)
-
-
-@triton.jit
-def _rope_qkv_forward_kernel(  # type: ignore[no-untyped-def]
-    y_ptr, y_stride, b_ptr, cos_ptr, sin_ptr, positions_ptr, T, max_positions, sequence,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr,
-    BLOCK_QR: tl.constexpr, BLOCK_KR: tl.constexpr, BLOCK_VR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    PER: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    N: tl.constexpr = (Q_HEADS + 2 * K_HEADS) * D
-    Q_PARTS: tl.constexpr = (Q_HEADS + PER - 1) // PER
-    K_PARTS: tl.constexpr = (K_HEADS + PER - 1) // PER
-    blocks = tl.cdiv(T, BLOCK_M)
-    part = tl.program_id(0) // blocks
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_at = row.to(tl.int64) * y_stride
-    row_ok = row < T
-    position = _tile_positions(positions_ptr, row, T, sequence, HAS_POSITIONS)
-    if part < Q_PARTS:
-        _forward_section(
-            y_ptr, row_at, row_ok, y_ptr + N, b_ptr, cos_ptr, sin_ptr, position, max_positions, part,
-            True, Q_HEADS, D, N, HALF, Q_RANK, BLOCK_QR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-    elif part < Q_PARTS + K_PARTS:
-        _forward_section(
-            y_ptr + Q_HEADS * D, row_at, row_ok, y_ptr + N + K_FIRST, b_ptr + K_FIRST * N + Q_HEADS * D,
-            cos_ptr, sin_ptr, position, max_positions, part - Q_PARTS,
-            True, K_HEADS, D, N, HALF, K_RANK, BLOCK_KR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-    else:
-        _forward_section(
-            y_ptr + (Q_HEADS + K_HEADS) * D, row_at, row_ok, y_ptr + N + V_FIRST,
-            b_ptr + V_FIRST * N + (Q_HEADS + K_HEADS) * D,
-            cos_ptr, sin_ptr, position, max_positions, part - Q_PARTS - K_PARTS,
-            False, K_HEADS, D, N, HALF, V_RANK, BLOCK_VR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _add_tail(  # type: ignore[no-untyped-def]
-    product, tile, b_ptr, head, first, last,
-    HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """product + tile·bᵀ, for a group of heads [heads, tokens, R], kept apart until the end."""
-    r, col = tl.arange(0, BLOCK_R), first + tl.arange(0, BLOCK)
-    mask = (head < HEADS)[:, None, None] & (col < last)[None, :, None] & (r < RANK)[None, None, :]
-    at = (head * D)[:, None, None] + col[None, :, None] + (r * N)[None, None, :]
-    b = tl.load(b_ptr + at, mask=mask, other=0.0)
-    if GROUP == 1:
-        product = tl.dot(
-            tl.reshape(tile, (BLOCK_M, BLOCK)), tl.reshape(b, (BLOCK, BLOCK_R)), product, input_precision="ieee"
-        )  # fmt: skip
-    else:
-        product = tl.dot(tile, b, product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def _backward_section(  # type: ignore[no-untyped-def]
-    dy_ptr, dy_stride, head_stride, out_ptr, tail_ptr, out_stride, row, row_ok, b_ptr,
-    cos_ptr, sin_ptr, position, max_positions, part,
-    ROTATE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    PER: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """PER heads of dq, of dk or of dv, GROUP at a time; with a rank PER is all of them."""
-    begin, end = part * PER, tl.minimum(part * PER + PER, HEADS)
-    dy_at = row.to(tl.int64) * dy_stride
-    out_at = row.to(tl.int64) * out_stride
-    if GROUP == 1:
-        product = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    else:
-        product = tl.zeros((GROUP, BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for first in tl.static_range(0, HALF, BLOCK_HALF):
-        if ROTATE:
-            c, s = _tile_angles(cos_ptr, sin_ptr, position, max_positions, first, HALF, BLOCK_HALF)
-        for start in tl.range(begin, end, GROUP, num_stages=STAGES):
-            head = start + tl.arange(0, GROUP)
-            a = _load_tile(dy_ptr, dy_at, row_ok, head, head_stride, first, HALF, HEADS, BLOCK_HALF)
-            b = _load_tile(dy_ptr, dy_at, row_ok, head, head_stride, HALF + first, 2 * HALF, HEADS, BLOCK_HALF)
-            if ROTATE:
-                turned_a = a.to(tl.float32)
-                turned_b = b.to(tl.float32)
-                a = (turned_a * c + turned_b * s).to(out_ptr.dtype.element_ty)
-                b = (turned_b * c - turned_a * s).to(out_ptr.dtype.element_ty)
-            _store_tile(out_ptr, a, out_at, row_ok, head, first, HALF, HEADS, D, BLOCK_HALF)
-            _store_tile(out_ptr, b, out_at, row_ok, head, HALF + first, 2 * HALF, HEADS, D, BLOCK_HALF)
-            if RANK > 0:
-                product = _add_tail(
-                    product, a, b_ptr, head, first, HALF, HEADS, D, N, RANK, BLOCK_R, BLOCK_HALF, BLOCK_M, GROUP
-                )  # fmt: skip
-                product = _add_tail(
-                    product, b, b_ptr, head, HALF + first, 2 * HALF,
-                    HEADS, D, N, RANK, BLOCK_R, BLOCK_HALF, BLOCK_M, GROUP,
-                )  # fmt: skip
-    for first in tl.static_range(2 * HALF, D, BLOCK_REST):
-        for start in tl.range(begin, end, GROUP, num_stages=STAGES):
-            head = start + tl.arange(0, GROUP)
-            rest = _load_tile(dy_ptr, dy_at, row_ok, head, head_stride, first, D, HEADS, BLOCK_REST)
-            _store_tile(out_ptr, rest, out_at, row_ok, head, first, D, HEADS, D, BLOCK_REST)
-            if RANK > 0:
-                product = _add_tail(
-                    product, rest, b_ptr, head, first, D, HEADS, D, N, RANK, BLOCK_R, BLOCK_REST, BLOCK_M, GROUP
-                )  # fmt: skip
-    if RANK > 0:
-        if GROUP > 1:
-            product = tl.sum(product, axis=0)
-        r = tl.arange(0, BLOCK_R)
-        at = out_at[:, None] + r[None, :]
-        mask = row_ok[:, None] & (r < RANK)[None, :]
-        tl.store(tail_ptr + at, product.to(tail_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _rope_qkv_backward_kernel(  # type: ignore[no-untyped-def]
-    dq_ptr, dq_stride, dq_head_stride, dk_ptr, dk_stride, dk_head_stride, dv_ptr, dv_stride, dv_head_stride,
-    out_ptr, out_stride, b_ptr, cos_ptr, sin_ptr, positions_ptr, T, max_positions, sequence,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr,
-    PAD_FIRST: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_QR: tl.constexpr, BLOCK_KR: tl.constexpr, BLOCK_VR: tl.constexpr, BLOCK_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    PER: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    N: tl.constexpr = (Q_HEADS + 2 * K_HEADS) * D
-    Q_PARTS: tl.constexpr = (Q_HEADS + PER - 1) // PER
-    K_PARTS: tl.constexpr = (K_HEADS + PER - 1) // PER
-    # Part by part, not block by block: the long ones, those of q, are begun first.
-    blocks = tl.cdiv(T, BLOCK_M)
-    part = tl.program_id(0) // blocks
-    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < T
-    position = _tile_positions(positions_ptr, row, T, sequence, HAS_POSITIONS)
-    if part < Q_PARTS:
-        _backward_section(
-            dq_ptr, dq_stride, dq_head_stride, out_ptr, out_ptr + N, out_stride, row, row_ok, b_ptr,
-            cos_ptr, sin_ptr, position, max_positions, part,
-            True, Q_HEADS, D, N, HALF, Q_RANK, BLOCK_QR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-    elif part < Q_PARTS + K_PARTS:
-        _backward_section(
-            dk_ptr, dk_stride, dk_head_stride, out_ptr + Q_HEADS * D, out_ptr + N + K_FIRST, out_stride,
-            row, row_ok, b_ptr + K_FIRST * N + Q_HEADS * D,
-            cos_ptr, sin_ptr, position, max_positions, part - Q_PARTS,
-            True, K_HEADS, D, N, HALF, K_RANK, BLOCK_KR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-    else:
-        _backward_section(
-            dv_ptr, dv_stride, dv_head_stride, out_ptr + (Q_HEADS + K_HEADS) * D, out_ptr + N + V_FIRST, out_stride,
-            row, row_ok, b_ptr + V_FIRST * N + (Q_HEADS + K_HEADS) * D,
-            cos_ptr, sin_ptr, position, max_positions, part - Q_PARTS - K_PARTS,
-            False, K_HEADS, D, N, HALF, V_RANK, BLOCK_VR, BLOCK_M, BLOCK_HALF, BLOCK_REST, PER, GROUP, STAGES,
-        )  # fmt: skip
-        if PAD > 0 and part == Q_PARTS + K_PARTS:
-            pad = tl.arange(0, BLOCK_PAD)
-            at = (row.to(tl.int64) * out_stride)[:, None] + (N + PAD_FIRST + pad)[None, :]
-            zeros = tl.zeros((BLOCK_M, BLOCK_PAD), dtype=out_ptr.dtype.element_ty)
-            tl.store(out_ptr + at, zeros, mask=row_ok[:, None] & (pad < PAD)[None, :])
-
-
 def _heads_block(heads: int, half_block: int) -> int:
     """How many heads are in registers at once: 2,048 pairs, 16 pairs a thread of 4 warps."""
     return max(1, min(next_power_of_2(heads), 2048 // half_block))
@@ -657,20 +364,15 @@ def rope_forward(
     q, k, positions, sequence, q_weight, k_weight = _check(
         q_TND, k_TKD, cos, sin, positions_T, sequence, q_weight, k_weight
     )
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)) if out is None else out
-    for name, given, x in (("q", q_out, q), ("k", k_out, k)):
-        _check_output(f"out's {name}", given, x)
-        if q_weight is not None and _same_memory(given, q_TND if name == "q" else k_TKD):
-            raise ValueError("out is the input: with a norm the backward needs q and k as they came in")
+    q_out, k_out = (None, None) if out is None else out
+    q_out, k_out = output("out's q", q_out, q.shape, q), output("out's k", k_out, k.shape, k)
+    if q_weight is not None and (_same_memory(q_out, q_TND) or _same_memory(k_out, k_TKD)):
+        raise ValueError("out is the input: with a norm the backward needs q and k as they came in")
     tables = (cos.contiguous(), sin.contiguous())
     if not runs_kernels(q, k, *tables, positions, q_weight, k_weight, q_out, k_out):
-        c, s = _angles(*tables, _positions(positions, sequence, q), arithmetic_dtype(q.dtype))
-        for x, weight, result in ((q, q_weight, q_out), (k, k_weight, k_out)):
-            wide = x.to(arithmetic_dtype(x.dtype))
-            if weight is not None:
-                wide = _norm(wide, weight, eps, gemma, x.dtype)
-            result.copy_(_rotate(wide, c, s))
-        return q_out, k_out
+        positions = token_positions(positions, sequence, q)
+        turned = rope_reference(q, k, cos, sin, positions, q_weight=q_weight, k_weight=k_weight, eps=eps, gemma=gemma)
+        return q_out.copy_(turned[0]), k_out.copy_(turned[1])
     launch(
         _rope_forward_kernel, (q.shape[0],),
         q, q.stride(0), q_out, q_out.stride(0), q_weight, k, k.stride(0), k_out, k_out.stride(0), k_weight,
@@ -730,12 +432,11 @@ def rope_backward(
         q, k = _rows(q), _rows(k)
     else:
         q, k = None, None
-    dq_out, dk_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq, dk)) if out is None else out
-    _check_output("out's dq", dq_out, dq)
-    _check_output("out's dk", dk_out, dk)
+    dq_out, dk_out = (None, None) if out is None else out
+    dq_out, dk_out = output("out's dq", dq_out, dq.shape, dq), output("out's dk", dk_out, dk.shape, dk)
     tables = (cos.contiguous(), sin.contiguous())
     if not runs_kernels(dq, dk, *tables, positions, q, k, q_weight, k_weight, dq_out, dk_out):
-        c, s = _angles(*tables, _positions(positions, sequence, dq), arithmetic_dtype(dq.dtype))
+        c, s = _angles(*tables, token_positions(positions, sequence, dq), arithmetic_dtype(dq.dtype))
         for dy, before, weight, result in ((dq, q, q_weight, dq_out), (dk, k, k_weight, dk_out)):
             grad = _rotate(dy.to(arithmetic_dtype(dy.dtype)), c, -s)
             if before is not None and weight is not None:
@@ -747,8 +448,8 @@ def rope_backward(
         return dq_out, dk_out
     launch(
         _rope_backward_kernel, (dq.shape[0],),
-        dq, dq.stride(0), q, 0 if q is None else q.stride(0), dq_out, dq_out.stride(0), q_weight,
-        dk, dk.stride(0), k, 0 if k is None else k.stride(0), dk_out, dk_out.stride(0), k_weight,
+        dq, dq.stride(0), q, row_stride(q), dq_out, dq_out.stride(0), q_weight,
+        dk, dk.stride(0), k, row_stride(k), dk_out, dk_out.stride(0), k_weight,
         *tables, positions, cos.shape[0], sequence, eps,
         **_constants(dq, dk, cos, positions, q_weight, gemma, _same_memory(dq_out, dq) and _same_memory(dk_out, dk)),
     )  # fmt: skip
@@ -778,286 +479,8 @@ def _constants(
     }
 
 
-class QKVTile(NamedTuple):
-    """How `rope_qkv_forward_` and `rope_qkv_backward` divide their work."""
-
-    tokens: int  # of a program
-    heads: int  # of a program; a program that writes a tail takes all of its section
-    group: int  # heads in registers at once
-    warps: int
-    stages: int  # of the loop over the groups
-
-
-def _forward_tile(tokens: int, rank: int, head_dim: int, itemsize: int) -> QKVTile:
-    """More tokens a program read b less often, fewer keep every multiprocessor busy."""
-    if itemsize == 4:
-        return QKVTile(16, 4, 1, 4, 1)
-    return QKVTile(16 if head_dim > 128 or (tokens < 8192 and rank <= 16) else 32, 8, 1, 4, 2)
-
-
-def _backward_tile(tokens: int, rank: int, itemsize: int) -> QKVTile:
-    """As many heads at once as there are warps: each warp multiplies a head of its own."""
-    if itemsize == 4:
-        return QKVTile(16, 4, 1, 8, 2)
-    if rank > 64:
-        return QKVTile(16, 8, 1, 4, 2)
-    if rank == 0:
-        return QKVTile(16, 8, 4, 4, 2)
-    return QKVTile(16, 8, 4, 4, 3 if rank <= 16 else 2)
-
-
-def rope_qkv_forward_(
-    qkv_TN: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    cos: Tensor,
-    sin: Tensor,
-    positions_T: Tensor | None = None,
-    *,
-    sequence: int | None = None,
-    b: Tensor | None = None,
-    ranks: Sequence[int] | None = None,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    _tile: QKVTile | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v), [T, heads, D] views of the fused output, which is finished in place, without autograd.
-
-    There is no norm here: working in place would destroy what its backward needs. `rope_forward` has it.
-
-    Args:
-        qkv_TN: [T, N + p], N = (num_heads + 2·num_kv_heads)·D: q, k and v side by side; with `b` the first R of
-            the last p columns are S = x Aᵀ. Any row stride. Columns from N on are not written.
-        num_heads: of q.
-        num_kv_heads: of k, as many of v.
-        head_dim: D.
-        cos: as in `rope_forward`, like all about positions.
-        sin: as in `rope_forward`.
-        positions_T: as in `rope_forward`.
-        sequence: as in `rope_forward`.
-        b: [R, N], qkv's dtype, the scale within: S b is added to q, k and v before the rotation, all in fp32 up to the
-            rank `FUSED_RANK`; beyond it the sum is rounded once more in between. Without b, v stays as it is.
-        ranks: (R_q, R_k, R_v), R together, 0 where there is no adapter: which rows of b are whose. The rest of b is
-            taken for zero. Missing: any row may reach anything.
-        q_weight: refused.
-        k_weight: refused.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, the buffer cannot be written as it is, or a norm is wanted.
-    """
-    if q_weight is not None or k_weight is not None:
-        raise ValueError(
-            "a norm's backward needs q and k from before it; rope_forward has the norm, this works in place"
-        )
-    sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-    width = sum(sizes)
-    if qkv_TN.dim() != 2 or min(num_heads, num_kv_heads, head_dim) < 1 or qkv_TN.shape[1] < width:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv_TN.shape)}, expected [T, at least ({num_heads} + 2·{num_kv_heads})·{head_dim}]"
-        )
-    if qkv_TN.stride(1) != 1 or (qkv_TN.shape[0] > 1 and qkv_TN.stride(0) < qkv_TN.shape[1]):
-        raise ValueError(f"qkv has strides {qkv_TN.stride()}, expected contiguous rows that do not overlap")
-    q, k, v = (part.unflatten(1, (-1, head_dim)) for part in qkv_TN[:, :width].split(sizes, dim=1))
-    positions, sequence = _check_operands(q, k, cos, sin, positions_T, sequence)
-    ranks_3, firsts = _check_ranks(b, ranks, width, q.dtype)
-    if b is None:
-        rope_forward(q, k, cos, sin, positions, sequence=sequence, out=(q, k))
-        return q, k, v
-    if qkv_TN.shape[1] < width + b.shape[0]:
-        raise ValueError(f"qkv has {qkv_TN.shape[1] - width} columns beside q, k and v; b has {b.shape[0]} rows")
-    tables = (cos.contiguous(), sin.contiguous())
-    kernels = runs_kernels(qkv_TN, b, *tables, positions)
-    if not kernels:
-        wide = arithmetic_dtype(q.dtype)
-        update = _per_section(qkv_TN[:, width:].to(wide), b.to(wide), sizes, ranks_3, firsts)
-        c, s = _angles(*tables, _positions(positions, sequence, q), wide)
-        for i, x in enumerate((q, k, v)):
-            total = x.to(wide) + update[i].view(x.shape)
-            x.copy_(_rotate(total, c, s) if i < 2 else total)
-        return q, k, v
-    if max(ranks_3) > FUSED_RANK[qkv_TN.element_size()]:
-        start = 0
-        for size, rank, first in zip(sizes, ranks_3, firsts, strict=True):
-            if rank > 0:
-                s_TR = qkv_TN[:, width + first : width + first + rank]
-                qkv_TN[:, start : start + size].addmm_(s_TR, b[first : first + rank, start : start + size])
-            start += size
-        rope_forward(q, k, cos, sin, positions, sequence=sequence, out=(q, k))
-        return q, k, v
-    constants = _qkv_constants(q, k, cos, positions, ranks_3, firsts)
-    tile = _tile or _forward_tile(q.shape[0], max(ranks_3), head_dim, q.element_size())
-    sections = (num_heads, num_kv_heads, num_kv_heads if ranks_3[2] > 0 else 0)
-    tile, options = _tile_options(tile, sections, constants)
-    launch(
-        _rope_qkv_forward_kernel, (cdiv(q.shape[0], tile.tokens) * sum(cdiv(n, tile.heads) for n in sections),),
-        qkv_TN, qkv_TN.stride(0), b.contiguous(), *tables, positions, q.shape[0], cos.shape[0], sequence,
-        **constants, **options,
-    )  # fmt: skip
-    return q, k, v
-
-
-def rope_qkv_backward(
-    dq_TND: Tensor,
-    dk_TKD: Tensor,
-    dv_TKD: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions_T: Tensor | None = None,
-    *,
-    sequence: int | None = None,
-    b: Tensor | None = None,
-    ranks: Sequence[int] | None = None,
-    p: int | None = None,
-    out: Tensor | None = None,
-    _tile: QKVTile | None = None,
-) -> Tensor:
-    """[dq | dk | dv | dS | 0] [T, N + p] from the gradients of what `rope_qkv_forward_` returned, without autograd.
-
-    Args:
-        dq_TND: [T, num_heads, D], any strides but D's; the same for the two others, each its own.
-        dk_TKD: [T, num_kv_heads, D].
-        dv_TKD: [T, num_kv_heads, D].
-        cos: as in the forward.
-        sin: as in the forward.
-        positions_T: as in the forward.
-        sequence: as in the forward.
-        b: [R, N] as in the forward; dS [T, R] is dY bᵀ with dY as stored. Without b there is no dS.
-        ranks: as in the forward.
-        p: how many columns dS and the zeros after it take. Missing: those `out` has beside N, else R rounded up to a
-            multiple of 16.
-        out: [T, N + p], any row stride, not the memory of an operand. Allocated when missing.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, p is below R, or `out` cannot be written as it is.
-    """
-    if dv_TKD.shape != dk_TKD.shape or dv_TKD.dtype != dk_TKD.dtype:
-        raise ValueError(
-            f"dv is {dv_TKD.dtype} {tuple(dv_TKD.shape)}, dk {dk_TKD.dtype} {tuple(dk_TKD.shape)}; expected the same"
-        )
-    positions, sequence = _check_operands(dq_TND, dk_TKD, cos, sin, positions_T, sequence)
-    dq, dk, dv = (x if x.stride(2) == 1 else x.contiguous() for x in (dq_TND, dk_TKD, dv_TKD))
-    (tokens, num_heads, head_dim), num_kv_heads = dq.shape, dk.shape[1]
-    sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-    width = sum(sizes)
-    ranks_3, firsts = _check_ranks(b, ranks, width, dq.dtype)
-    rank = 0 if b is None else b.shape[0]
-    if p is None:
-        p = 16 * cdiv(rank, 16) if out is None or out.dim() != 2 else out.shape[1] - width
-    if p < rank:
-        raise ValueError(f"p is {p}, but b has {rank} rows")
-    if out is None:
-        out = torch.empty(tokens, width + p, dtype=dq.dtype, device=dq.device)
-    elif out.shape != (tokens, width + p) or out.dtype != dq.dtype:
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, expected {dq.dtype} {(tokens, width + p)}")
-    elif out.stride(1) != 1 or (tokens > 1 and out.stride(0) < width + p):
-        raise ValueError(f"out has strides {out.stride()}, expected contiguous rows that do not overlap")
-    tables = (cos.contiguous(), sin.contiguous())
-    kernels = runs_kernels(dq, dk, dv, b, *tables, positions, out)
-    # Ranks that share rows of b have one sum over q, k and v, which no program sees whole.
-    fused = kernels and b is not None and ranks is not None and max(ranks_3) <= FUSED_RANK[dq.element_size()]
-    if kernels:
-        constants = _qkv_constants(dq, dk, cos, positions, ranks_3 if fused else (0, 0, 0), firsts)
-        constants |= {"PAD_FIRST": rank, "PAD": p - rank, "BLOCK_PAD": next_power_of_2(max(1, p - rank))}
-        fused_rank = max(ranks_3) if fused else 0
-        tile = _tile or _backward_tile(tokens, fused_rank, dq.element_size())
-        if fused:
-            tile = tile._replace(heads=num_heads + num_kv_heads)
-        sections = (num_heads, num_kv_heads, num_kv_heads)
-        tile, options = _tile_options(tile, sections, constants)
-        launch(
-            _rope_qkv_backward_kernel, (cdiv(tokens, tile.tokens) * sum(cdiv(n, tile.heads) for n in sections),),
-            dq, *dq.stride()[:2], dk, *dk.stride()[:2], dv, *dv.stride()[:2], out, out.stride(0),
-            b.contiguous() if fused and b is not None else out, *tables, positions, tokens, cos.shape[0], sequence,
-            **constants, **options,
-        )  # fmt: skip
-    else:
-        c, s = _angles(*tables, _positions(positions, sequence, dq), arithmetic_dtype(dq.dtype))
-        for x, part in zip((dq, dk, dv), out[:, :width].split(sizes, dim=1), strict=True):
-            part.unflatten(1, (-1, head_dim)).copy_(x if x is dv else _rotate(x.to(arithmetic_dtype(x.dtype)), c, -s))
-        out[:, width + rank :].zero_()
-    if b is not None and not fused:
-        start, tail = 0, out[:, width : width + rank]
-        if ranks is None:
-            torch.mm(out[:, :width], b.t(), out=tail)
-        else:
-            for size, r, first in zip(sizes, ranks_3, firsts, strict=True):
-                if r > 0:
-                    dy, rows = out[:, start : start + size], b[first : first + r, start : start + size]
-                    torch.mm(dy, rows.t(), out=tail[:, first : first + r])
-                start += size
-    return out
-
-
-def _check_ranks(
-    b: Tensor | None, ranks: Sequence[int] | None, width: int, dtype: torch.dtype
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """How many rows of b belong to q, k and v, and the first of each."""
-    if b is None:
-        if ranks is not None and any(ranks):
-            raise ValueError(f"ranks are {tuple(ranks)}, but there is no b")
-        return (0, 0, 0), (0, 0, 0)
-    if b.dim() != 2 or b.shape[0] == 0 or b.shape[1] != width or b.dtype != dtype:
-        raise ValueError(f"b is {b.dtype} {tuple(b.shape)}, expected {dtype} (R, {width})")
-    rank = b.shape[0]
-    if ranks is None:
-        return (rank, rank, rank), (0, 0, 0)
-    if len(ranks) != 3 or min(ranks) < 0 or sum(ranks) != rank:
-        raise ValueError(f"ranks are {tuple(ranks)}, expected three that make {rank}, the rows of b")
-    r_q, r_k, r_v = ranks
-    return (r_q, r_k, r_v), (0, r_q, r_q + r_k)
-
-
-def _per_section(
-    s: Tensor, b: Tensor, sizes: tuple[int, int, int], ranks: tuple[int, int, int], firsts: tuple[int, int, int]
-) -> list[Tensor]:
-    """S b for q, k and v, each from its own rows of b."""
-    columns = b.split(sizes, dim=1)
-    return [s[:, f : f + r] @ rows[f : f + r] for rows, r, f in zip(columns, ranks, firsts, strict=True)]
-
-
-def _qkv_constants(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    positions: Tensor | None,
-    ranks: tuple[int, int, int],
-    firsts: tuple[int, int, int],
-) -> dict[str, Any]:
-    half, head_dim = cos.shape[1], q.shape[2]
-    constants: dict[str, Any] = {
-        "Q_HEADS": q.shape[1],
-        "K_HEADS": k.shape[1],
-        "D": head_dim,
-        "HALF": half,
-        "HAS_POSITIONS": positions is not None,
-        "K_FIRST": firsts[1],
-        "V_FIRST": firsts[2],
-        "BLOCK_HALF": min(64, max(16, next_power_of_2(half))),
-        "BLOCK_REST": min(64, max(16, next_power_of_2(max(1, head_dim - 2 * half)))),
-    }
-    for name, rank in zip("QKV", ranks, strict=True):
-        constants[f"{name}_RANK"] = rank
-        constants[f"BLOCK_{name}R"] = max(16, next_power_of_2(max(1, rank)))
-    return constants
-
-
-def _tile_options(
-    tile: QKVTile, sections: tuple[int, int, int], constants: dict[str, Any]
-) -> tuple[QKVTile, dict[str, Any]]:
-    """`tile` cut to the heads there are, and as the kernels' options."""
-    group = min(tile.group, next_power_of_2(max(sections)))
-    heads = cdiv(min(tile.heads, max(sections)), group) * group
-    # A tile with fewer than 8 numbers a thread would be loaded by several warps, while one of them may already store.
-    smallest = constants["BLOCK_HALF"]
-    if constants["D"] > 2 * constants["HALF"]:
-        smallest = min(smallest, constants["BLOCK_REST"])
-    warps = max(1, min(tile.warps, group * tile.tokens * smallest // 256))
-    options = {"BLOCK_M": tile.tokens, "PER": heads, "GROUP": group, "STAGES": tile.stages, "num_warps": warps}
-    return tile._replace(heads=heads, group=group, warps=warps), options
-
-
-def _positions(positions: Tensor | None, sequence: int, like: Tensor) -> Tensor:
+def token_positions(positions: Tensor | None, sequence: int, like: Tensor) -> Tensor:
+    """[T]: the given positions, or each token's index modulo `sequence`."""
     if positions is None:
         return torch.arange(like.shape[0], device=like.device) % max(1, sequence)
     return positions
@@ -1085,7 +508,7 @@ def _check(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, int, Tensor | None, Tensor | None]:
-    positions, sequence = _check_operands(q, k, cos, sin, positions, sequence)
+    positions, sequence = check_operands(q, k, cos, sin, positions, sequence)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight come together; one is None")
     if q_weight is not None and k_weight is not None:
@@ -1096,9 +519,14 @@ def _check(
     return _rows(q), _rows(k), positions, sequence, q_weight, k_weight
 
 
-def _check_operands(
+def check_operands(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, sequence: int | None
 ) -> tuple[Tensor | None, int]:
+    """(contiguous positions or None, the length of a sequence), after a look at everything.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the tables end too early.
+    """
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}; expected [T, N, D] and [T, K, D]")
     if min(q.shape[1:]) == 0 or k.shape[1] == 0:
@@ -1130,15 +558,6 @@ def _check_tables(cos: Tensor, sin: Tensor, head_dim: int, dtype: torch.dtype) -
     # fp64 tables only under fp64 operands: under any other they would turn the kernels off.
     if any(table.dtype not in (torch.float32, arithmetic_dtype(dtype)) for table in (cos, sin)):
         raise ValueError(f"cos is {cos.dtype}, sin is {sin.dtype}, expected torch.float32")
-
-
-def _check_output(name: str, given: Tensor, like: Tensor) -> None:
-    if given.shape != like.shape or given.dtype != like.dtype:
-        raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected {like.dtype} {tuple(like.shape)}")
-    tokens, heads, head_dim = given.shape
-    whole = given.stride(2) == 1 and (heads == 1 or given.stride(1) == head_dim)
-    if not whole or (tokens > 1 and given.stride(0) < heads * head_dim):
-        raise ValueError(f"{name} has strides {given.stride()}, expected contiguous rows that do not overlap")
 
 
 class _Rope(torch.autograd.Function):

@@ -32,7 +32,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, shared_memory, tl, triton
-from graft_kernels.operands import arithmetic_dtype, operand, output, tail_columns, write_tail
+from graft_kernels.operands import (
+    arithmetic_dtype,
+    low_rank_term,
+    operand,
+    output,
+    output_with_tail,
+    row_stride,
+    write_tail,
+)
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -293,12 +301,8 @@ def swiglu_forward(
     gate = operand("gate", gate_TI, (None, None))
     (tokens, width), dtype = gate.shape, gate.dtype
     up = operand("up", up_TI, (tokens, width), dtype)
-    rank, tail = 0, 0
-    if lora_a is not None:
-        lora_a = operand("lora_a", lora_a, (None, width), dtype).contiguous()
-        rank = lora_a.shape[0]
-        tail = tail_columns(rank, width, out)
-    h = output("out", out, (tokens, width + tail), gate)
+    h, lora_a = output_with_tail(out, gate, "lora_a", lora_a)
+    rank, tail = 0 if lora_a is None else lora_a.shape[0], h.shape[1] - width
     kernels = runs_kernels(gate, up, lora_a, h)
     fused = kernels and 0 < rank <= FUSED_RANK.get(dtype.itemsize, 0)
     if not kernels:
@@ -369,12 +373,7 @@ def swiglu_backward(
     (tokens, width), dtype = dh.shape, dh.dtype
     gate = operand("gate", gate_TI, (tokens, width), dtype)
     up = operand("up", up_TI, (tokens, width), dtype)
-    p, a = (None, None) if deferred is None else deferred
-    if p is not None and a is not None:
-        a = operand("deferred's A", a, (None, width), dtype).contiguous()
-        p = operand("deferred's P", p, (tokens, None), dtype)
-        if p.shape[1] < a.shape[0]:
-            raise ValueError(f"deferred's P has {p.shape[1]} columns, A has {a.shape[0]} rows")
+    p, a = low_rank_term("deferred", "P", "A", deferred, dh)
     dgate = output("dgate", dgate, (tokens, width), dh)
     dup = output("dup", dup, (tokens, width), dh)
     if h is not None:
@@ -399,8 +398,8 @@ def swiglu_backward(
         block_m, block_k, block_r, num_warps = _deferred_tile(dtype.itemsize, rank)
     launch(
         _backward_kernel, (cdiv(tokens, block_m) * cdiv(width, block_k),),
-        dh, dh.stride(0), p, 0 if p is None else p.stride(0), a, gate, gate.stride(0), up, up.stride(0),
-        dgate, dgate.stride(0), dup, dup.stride(0), h, 0 if h is None else h.stride(0), tokens, width, scale,
+        dh, dh.stride(0), p, row_stride(p), a, gate, gate.stride(0), up, up.stride(0),
+        dgate, dgate.stride(0), dup, dup.stride(0), h, row_stride(h), tokens, width, scale,
         RANK=rank, WRITES_H=h is not None, ACTIVATION=ACTIVATIONS[activation],
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=num_warps,
     )  # fmt: skip

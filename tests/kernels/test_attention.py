@@ -15,8 +15,8 @@ from graft_kernels.attention import (
     BACKENDS,
     AttentionPlan,
     AttentionSaved,
+    AttentionTensors,
     attention,
-    attention_backend,
     attention_backward,
     attention_forward,
     attention_reference,
@@ -255,9 +255,9 @@ def test_the_deterministic_switch_is_put_back_even_after_an_exception(device: st
     assert switches() == before
     q, k, v, dout = (x.cpu() for x in (q, k, v, dout))
     plan = AttentionPlan("varlen", 1.0, 6, None, None, deterministic=True)
-    saved = AttentionSaved((q, k, v, q, torch.zeros(4, 6, device="cpu"), offsets([6]).cpu(), None, None), plan)
+    tensors = AttentionTensors(q, k, v, q, torch.zeros(4, 6, device="cpu"), offsets([6]).cpu())
     with pytest.raises((NotImplementedError, RuntimeError)):  # there is no such kernel on the CPU
-        attention_backward(dout, saved)
+        attention_backward(dout, AttentionSaved(tensors, plan))
     assert switches() == before
 
 
@@ -268,15 +268,19 @@ def test_torchs_own_switch_implies_deterministic() -> None:
         assert attention_forward(q, k, v)[1].plan.deterministic
 
 
+def chosen(q: Tensor, k: Tensor, **options: Any) -> str:
+    return available_backends(q, k, **options)[0]
+
+
 def test_the_choice_is_visible(device: str) -> None:
     dense, packed = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16), torch.zeros(8, 4, 64, dtype=torch.bfloat16)
-    chosen = {
-        "dense": attention_backend(dense, dense),
-        "packed": attention_backend(packed, packed, packed=True),
-        "float64": attention_backend(dense.double(), dense.double()),
-        "float32": attention_backend(dense.float(), dense.float()),
-        "odd size": attention_backend(dense[..., :63], dense[..., :63]),
-        "none": attention_backend(dense[:0], dense[:0]),
+    choices = {
+        "dense": chosen(dense, dense),
+        "packed": chosen(packed, packed, packed=True),
+        "float64": chosen(dense.double(), dense.double()),
+        "float32": chosen(dense.float(), dense.float()),
+        "odd size": chosen(dense[..., :63], dense[..., :63]),
+        "none": chosen(dense[:0], dense[:0]),
     }
     on_a_card = device == "cuda"
     hopper = on_a_card and torch.cuda.get_device_capability()[0] in (9, 10)
@@ -289,11 +293,11 @@ def test_the_choice_is_visible(device: str) -> None:
         "none": "reference",
     }
     for case, backend in expected.items():
-        assert chosen[case] == backend, case
-    assert attention_backend(dense, dense, window=4) == ("flash" if on_a_card else "reference")
-    assert attention_backend(dense, dense, softcap=4.0) in ("flash_attn", "reference")
-    assert attention_forward(dense, dense, dense)[1].plan.backend == chosen["dense"]
-    assert set(chosen.values()) <= set(BACKENDS)
+        assert choices[case] == backend, case
+    assert chosen(dense, dense, window=4) == ("flash" if on_a_card else "reference")
+    assert chosen(dense, dense, softcap=4.0) in ("flash_attn", "reference")
+    assert attention_forward(dense, dense, dense)[1].plan.backend == choices["dense"]
+    assert set(choices.values()) <= set(BACKENDS)
 
 
 def test_a_backend_that_cannot_is_refused_with_the_reason() -> None:
@@ -322,14 +326,14 @@ def test_the_direct_calls_fit_the_schemas_of_this_torch() -> None:
             (meta(2, 16, 8, 64), meta(2, 16, 2, 64), None),
             (meta(40, 8, 64), meta(40, 2, 64), cu_seqlens),
         ):
-            out, lse, rng, unused = module._torch_flash_forward(q, k, k, cu, plan)
-            grads = module._torch_flash_backward(out, q, k, k, out, lse, cu, rng, unused, plan)
-            assert out.shape == q.shape
+            saved = module._torch_flash_forward(q, k, k, cu, plan)
+            grads = module._torch_flash_backward(saved.out, saved, plan)
+            assert saved.out.shape == q.shape
             assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
     q, k = meta(2, 16, 8, 64), meta(2, 16, 2, 64)
-    out, lse, seed, offset = module._cudnn_forward(q, k, k, plan)
-    grads = module._cudnn_backward(out, q, k, k, out, lse, seed, offset, plan)
-    assert out.shape == q.shape
+    saved = module._cudnn_forward(q, k, k, None, plan)
+    grads = module._cudnn_backward(saved.out, saved, plan)
+    assert saved.out.shape == q.shape
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 

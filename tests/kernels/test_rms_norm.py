@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch import Tensor
 
 from graft_kernels import rms_norm as module
 from graft_kernels.launch import INTERPRETED
-from graft_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward, rms_norm_reference
+from graft_kernels.rms_norm import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_again,
+    rms_norm_backward,
+    rms_norm_forward,
+    rms_norm_reference,
+)
 
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
@@ -22,59 +31,41 @@ EPS = 1e-5
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What an 8B model runs, and one case of every other path: to be compiled without a card, on meta tensors."""
 
-    def case(
+    def run(
         dtype: torch.dtype, tokens: int, width: int, rank: int, *, gemma: bool = False, sums: bool = True, p: int = 0
-    ) -> Callable[[], object]:
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        def run() -> object:
-            tail = -(-rank // 64) * 64
-            lora_a = new(rank, width) if rank else None
-            residual = new(tokens, width) if sums else None
-            weight = new(width)
-            y, z, rho = rms_norm_forward(
-                new(tokens, width),
-                weight,
-                EPS,
-                gemma=gemma,
-                residual=residual,
-                pending=(new(tokens, 64), new(p, width)) if p else None,
-                out=new(tokens, width + tail),
-                lora_a=lora_a,
-                scale=2.0,
-            )
-            deferred = None if lora_a is None else (y[:, width:], lora_a)
-            return rms_norm_backward(
-                y[:, :width],
-                z,
-                weight,
-                rho,
-                gemma=gemma,
-                dresidual=residual,
-                deferred=deferred,
-                scale=2.0,
-                lora_b=new(16, width) if p else None,
-            )
-
-        return run
+    ) -> object:
+        new = partial(torch.empty, dtype=dtype, device="meta")
+        weight, residual = new(width), new(tokens, width) if sums else None
+        lora_a = new(rank, width) if rank else None
+        pending = (new(tokens, 64), new(p, width)) if p else None
+        out = new(tokens, width + -(-rank // 64) * 64)
+        common: dict[str, Any] = {"gemma": gemma, "scale": 2.0}
+        y, z, rho = rms_norm_forward(
+            new(tokens, width), weight, EPS, residual=residual, pending=pending, out=out, lora_a=lora_a, **common
+        )
+        rms_norm_again(z, weight, rho, out=out, lora_a=lora_a, **common)
+        deferred = None if lora_a is None else (y[:, width:], lora_a)
+        lora_b = new(16, width) if p else None
+        return rms_norm_backward(
+            y[:, :width], z, weight, rho, dresidual=residual, deferred=deferred, lora_b=lora_b, **common
+        )
 
     bf16 = torch.bfloat16
     for tokens in (2048, 16384):
         for rank in (0, 16, 48, 96, 128, 192):
-            yield f"bf16 [{tokens}, 4096] rank {rank}", case(bf16, tokens, 4096, rank)
-    yield "bf16 [16384, 4096] alone", case(bf16, 16384, 4096, 0, sums=False)
-    yield "bf16 [16384, 4096] alone, rank 48", case(bf16, 16384, 4096, 48, sums=False)
-    yield "bf16 [16384, 4096] pending 16", case(bf16, 16384, 4096, 48, p=16)
-    yield "bf16 [16384, 4096] pending 64, not summed", case(bf16, 16384, 4096, 0, sums=False, p=64)
-    yield "bf16 [16384, 3840] Gemma", case(bf16, 16384, 3840, 0, gemma=True)
-    yield "bf16 [16384, 3840] Gemma, rank 48", case(bf16, 16384, 3840, 48, gemma=True)
+            yield f"bf16 [{tokens}, 4096] rank {rank}", partial(run, bf16, tokens, 4096, rank)
+    yield "bf16 [16384, 4096] alone", partial(run, bf16, 16384, 4096, 0, sums=False)
+    yield "bf16 [16384, 4096] alone, rank 48", partial(run, bf16, 16384, 4096, 48, sums=False)
+    yield "bf16 [16384, 4096] pending 16", partial(run, bf16, 16384, 4096, 48, p=16)
+    yield "bf16 [16384, 4096] pending 64, not summed", partial(run, bf16, 16384, 4096, 0, sums=False, p=64)
+    yield "bf16 [16384, 3840] Gemma", partial(run, bf16, 16384, 3840, 0, gemma=True)
+    yield "bf16 [16384, 3840] Gemma, rank 48", partial(run, bf16, 16384, 3840, 48, gemma=True)
     for width in (1024, 8192, 16384, 20480):
-        yield f"bf16 [16384, {width}]", case(bf16, 16384, width, 0)
-    yield "fp16 [16384, 4096] rank 48", case(torch.float16, 16384, 4096, 48)
-    yield "fp32 [16384, 4096]", case(torch.float32, 16384, 4096, 0)
-    yield "fp32 [16384, 16384]", case(torch.float32, 16384, 16384, 0)
-    yield "fp32 [16384, 4096] rank 16", case(torch.float32, 16384, 4096, 16, p=16)
+        yield f"bf16 [16384, {width}]", partial(run, bf16, 16384, width, 0)
+    yield "fp16 [16384, 4096] rank 48", partial(run, torch.float16, 16384, 4096, 48)
+    yield "fp32 [16384, 4096]", partial(run, torch.float32, 16384, 4096, 0)
+    yield "fp32 [16384, 16384]", partial(run, torch.float32, 16384, 16384, 0)
+    yield "fp32 [16384, 4096] rank 16", partial(run, torch.float32, 16384, 4096, 16, p=16)
 
 
 def error(result: Tensor, oracle: Tensor) -> float:
@@ -234,6 +225,20 @@ def test_a_row_too_wide_for_registers_is_walked(monkeypatch: pytest.MonkeyPatch,
         results.append((y, z, rho, dx))
     for in_registers, walked in zip(*results, strict=True):
         torch.testing.assert_close(walked, in_registers, rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("gemma", [False, True], ids=["llama", "gemma"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 1000, 4096, 20000])
+def test_y_comes_out_again_to_the_bit(width: int, dtype: torch.dtype, gemma: bool) -> None:
+    x, residual, s = (torch.randn(5, n).to(dtype) for n in (width, width, 16))
+    b, a, weight = (torch.randn(n, width).to(dtype) / 8 for n in (3, 5, 1))
+    y, z, rho = rms_norm_forward(x, weight[0], EPS, gemma=gemma, residual=residual, pending=(s, b), lora_a=a, scale=0.5)
+    assert torch.equal(rms_norm_again(z, weight[0], rho, gemma=gemma, lora_a=a, scale=0.5), y)
+    out = torch.full((5, width + 4), torch.nan, dtype=dtype)
+    again = rms_norm_again(z, weight[0], rho, gemma=gemma, out=out[:, :width])
+    assert torch.equal(again, y[:, :width])
+    assert out[:, width:].isnan().all()
 
 
 def test_results_land_in_the_given_memory_and_nowhere_else() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,37 +28,31 @@ RANKS = [(1, 16), (8, 64), (16, 16), (40, 48), (150, 160)]
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What an 8B model runs, and one case of every other path: to be compiled without a card, on meta tensors."""
 
-    def case(
+    def run(
         dtype: torch.dtype, tokens: int, width: int, rank: int, *, activation: Any = "silu", rebuild: bool = True
-    ) -> Callable[[], object]:
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        def run() -> object:
-            tail = -(-rank // 64) * 64
-            merged, lora_a = new(tokens, 2 * width), new(rank, width) if rank else None
-            gate, up = merged[:, :width], merged[:, width:]
-            h = swiglu_forward(gate, up, activation=activation, out=new(tokens, width + tail), lora_a=lora_a, scale=2.0)
-            deferred = None if lora_a is None else (h[:, width:], lora_a)
-            buffer = new(tokens, width) if rebuild else None
-            return swiglu_backward(
-                h[:, :width], gate, up, activation=activation, deferred=deferred, dgate=gate, dup=up, h=buffer
-            )
-
-        return run
+    ) -> object:
+        new = partial(torch.empty, dtype=dtype, device="meta")
+        gate, up = new(tokens, 2 * width).split(width, dim=1)
+        lora_a, out = new(rank, width) if rank else None, new(tokens, width + -(-rank // 64) * 64)
+        h = swiglu_forward(gate, up, activation=activation, out=out, lora_a=lora_a, scale=2.0)
+        deferred = None if lora_a is None else (h[:, width:], lora_a)
+        buffer = new(tokens, width) if rebuild else None
+        return swiglu_backward(
+            h[:, :width], gate, up, activation=activation, deferred=deferred, dgate=gate, dup=up, h=buffer
+        )
 
     bf16 = torch.bfloat16
     for tokens in (2048, 16384):
         for rank in (0, 16, 64, 128, 256):
-            yield f"bf16 [{tokens}, 14336] rank {rank}", case(bf16, tokens, 14336, rank)
-    yield "bf16 [16384, 14336] h not rebuilt", case(bf16, 16384, 14336, 16, rebuild=False)
+            yield f"bf16 [{tokens}, 14336] rank {rank}", partial(run, bf16, tokens, 14336, rank)
+    yield "bf16 [16384, 14336] h not rebuilt", partial(run, bf16, 16384, 14336, 16, rebuild=False)
     for activation in ("gelu", "gelu_tanh"):
-        yield f"bf16 [16384, 15360] {activation}", case(bf16, 16384, 15360, 16, activation=activation)
-        yield f"bf16 [16384, 15360] {activation}, plain", case(bf16, 16384, 15360, 0, activation=activation)
-    yield "fp16 [16384, 14336] rank 16", case(torch.float16, 16384, 14336, 16)
-    yield "fp32 [16384, 14336]", case(torch.float32, 16384, 14336, 0)
-    yield "fp32 [16384, 14336] rank 16", case(torch.float32, 16384, 14336, 16)
-    yield "fp32 [16384, 14336] rank 64", case(torch.float32, 16384, 14336, 64)
+        yield f"bf16 [16384, 15360] {activation}", partial(run, bf16, 16384, 15360, 16, activation=activation)
+        yield f"bf16 [16384, 15360] {activation}, plain", partial(run, bf16, 16384, 15360, 0, activation=activation)
+    yield "fp16 [16384, 14336] rank 16", partial(run, torch.float16, 16384, 14336, 16)
+    yield "fp32 [16384, 14336]", partial(run, torch.float32, 16384, 14336, 0)
+    yield "fp32 [16384, 14336] rank 16", partial(run, torch.float32, 16384, 14336, 16)
+    yield "fp32 [16384, 14336] rank 64", partial(run, torch.float32, 16384, 14336, 64)
 
 
 def error(result: Tensor, oracle: Tensor) -> float:

@@ -46,15 +46,18 @@ class EarlyStopping:
 class Recipe:
     """Everything that decides the numbers of a training run, apart from the bytes of the files and of the base model.
 
-    `batch_size` counts conversations per step; each step is cut into micro-batches of `micro_batch_size` conversations
-    (the last one may be smaller), and the loss is normalised by the trained tokens of the whole step.
+    `batch_size` counts conversations per step. Each step is cut into micro-batches of at most `micro_batch_tokens`
+    tokens (fewer where memory is short: the plan of the job's first start says, and its checkpoints remember), and the
+    loss is normalised by the trained tokens of the whole step. With `packing` conversations stand one after another,
+    none seeing another; without, each is filled to the length of the longest beside it.
     """
 
     base_model: str
     seed: int = 42
     n_epochs: int = 3
     batch_size: int = 16
-    micro_batch_size: int = 4
+    micro_batch_tokens: int = 16_384
+    packing: bool = True
     max_seq_length: int = 2048
     learning_rate: float = 2e-4
     lr_scheduler: Scheduler = "linear"

@@ -16,7 +16,6 @@ from graft.recipe import EarlyStopping, LoraSettings, Recipe
 from graft.schemas import HyperparametersRequest, JobCreate
 
 DEFAULT_SEQUENCE = 2048
-MICRO_BATCH_TOKENS = 4096
 LARGE_MODEL = 13_000_000_000
 WARN_LEARNING_RATE = 1e-3
 
@@ -42,12 +41,6 @@ def check(body: JobCreate, base: BaseModel) -> None:
             "Integrations are not available yet; metrics are in the job's events and in its result file.",
             code="unsupported_integration",
             param="integrations",
-        )
-    if body.packing is True:
-        raise InvalidRequest(
-            "Packing is not available yet; leave 'packing' out, or send false.",
-            code="unsupported_parameter",
-            param="packing",
         )
     if body.lora is not None and body.lora.use_dora:
         raise InvalidRequest(
@@ -120,7 +113,7 @@ def recipe(body: JobCreate, base: BaseModel, *, rows: int) -> Recipe:
         seed=42 if body.seed is None else body.seed,
         n_epochs=n_epochs,
         batch_size=batch_size,
-        micro_batch_size=max(1, min(batch_size, MICRO_BATCH_TOKENS // max_seq_length)),
+        packing=body.packing is not False,
         max_seq_length=max_seq_length,
         learning_rate=base_rate * multiplier if body.learning_rate is None else body.learning_rate,
         lr_scheduler=body.lr_scheduler,

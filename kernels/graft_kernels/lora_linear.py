@@ -56,7 +56,14 @@ from graft_kernels.dropout import dropout as drop
 from graft_kernels.dropout import dropout_mask, keep_tile, threshold
 from graft_kernels.fused_linear import fused_backward_dx, fused_forward, fused_supported
 from graft_kernels.launch import as_rows, cdiv, launch, next_power_of_2, runs_kernels, tl, triton, tuned
-from graft_kernels.nf4 import NF4Weight, decode, decode_stacked
+from graft_kernels.nf4 import (
+    NF4Weight,
+    decode,
+    decode_arguments,
+    decode_part,
+    decode_stacked,
+    decodes_in_one_launch,
+)
 
 _SEED_BOUND = 2**63 - 1
 # Rows then start at multiples of 128 bytes: on an H100 the product costs 1 to 2 % more than without the columns; with
@@ -111,6 +118,18 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool, factor: float = 1.0) -> None:
+    """out = factor·a·b, or with `add` out += factor·a·b, in out's dtype as `product` makes it."""
+    beta = 1 if add else 0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=factor, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(out, a, b, torch.float32, beta=beta, alpha=factor, out=out)
+    else:
+        made = (a @ b).to(out.dtype).mul_(factor)
+        out.copy_(out + made if add else made)
+
+
 # --- kernels: forward ------------------------------------------------------------------------------------------------
 
 
@@ -148,39 +167,90 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _adapter_kernel(  # type: ignore[no-untyped-def]
-    a0, b0, a1, b1, a2, b2, a_out, b_out,
-    N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns,
-    row_programs, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+def _place_adapters(  # type: ignore[no-untyped-def]
+    program, a0, b0, a1, b1, a2, b2, a_out, b_out,
+    N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """s·B of all, block-diagonal, and A of all, one above the other; zero where nothing stands."""
-    N = N0 + N1 + N2
-    p = tl.arange(0, BLOCK_P)
-    p1 = p - R0
-    p2 = p1 - R1
-    in0 = p < R0
-    in1 = (p1 >= 0) & (p1 < R1)
-    in2 = (p2 >= 0) & (p2 < R2)
-    program = tl.program_id(0)
-    if program < row_programs:
+    """s·B of all, block-diagonal, and A of all, one above the other; zero where nothing stands.
+
+    The tiles are small, so that the decoding beside this keeps as many programs on a multiprocessor as it has alone.
+    """
+    if program < b_programs:
         n = program * BLOCK_N + tl.arange(0, BLOCK_N)
         n1 = n - N0
         n2 = n1 - N1
-        b = tl.load(b0 + n[:, None] * R0 + p[None, :], mask=(n < N0)[:, None] & in0[None, :], other=0.0).to(tl.float32)
-        mask1 = ((n1 >= 0) & (n1 < N1))[:, None] & in1[None, :]
-        b += tl.load(b1 + n1[:, None] * R1 + p1[None, :], mask=mask1, other=0.0).to(tl.float32)
-        mask2 = ((n2 >= 0) & (n2 < N2))[:, None] & in2[None, :]
-        b += tl.load(b2 + n2[:, None] * R2 + p2[None, :], mask=mask2, other=0.0).to(tl.float32)
-        b_at = b_out + n.to(tl.int64)[:, None] * b_n_stride + p.to(tl.int64)[None, :] * b_p_stride
-        tl.store(b_at, (b * scale).to(b_out.dtype.element_ty), mask=(n < N)[:, None] & (p < b_columns)[None, :])
+        for first in tl.range(0, b_columns, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            p1 = p - R0
+            p2 = p1 - R1
+            mask0 = (n < N0)[:, None] & (p < R0)[None, :]
+            mask1 = ((n1 >= 0) & (n1 < N1))[:, None] & ((p1 >= 0) & (p1 < R1))[None, :]
+            mask2 = ((n2 >= 0) & (n2 < N2))[:, None] & ((p2 >= 0) & (p2 < R2))[None, :]
+            b = tl.load(b0 + n[:, None] * R0 + p[None, :], mask=mask0, other=0.0).to(tl.float32)
+            b += tl.load(b1 + n1[:, None] * R1 + p1[None, :], mask=mask1, other=0.0).to(tl.float32)
+            b += tl.load(b2 + n2[:, None] * R2 + p2[None, :], mask=mask2, other=0.0).to(tl.float32)
+            b_at = b_out + n.to(tl.int64)[:, None] * b_n_stride + p.to(tl.int64)[None, :] * b_p_stride
+            mask = (n < N0 + N1 + N2)[:, None] & (p < b_columns)[None, :]
+            tl.store(b_at, (b * scale).to(b_out.dtype.element_ty), mask=mask)
     else:
-        k = (program - row_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = (program - b_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = (k < K)[None, :]
-        a = tl.load(a0 + p[:, None] * K + k[None, :], mask=in0[:, None] & inside, other=0.0).to(tl.float32)
-        a += tl.load(a1 + p1[:, None] * K + k[None, :], mask=in1[:, None] & inside, other=0.0).to(tl.float32)
-        a += tl.load(a2 + p2[:, None] * K + k[None, :], mask=in2[:, None] & inside, other=0.0).to(tl.float32)
-        a_at = a_out + p.to(tl.int64)[:, None] * a_stride + k[None, :]
-        tl.store(a_at, a.to(a_out.dtype.element_ty), mask=(p < a_rows)[:, None] & inside)
+        for first in tl.range(0, a_rows, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            r1 = r - R0
+            r2 = r1 - R1
+            mask1 = ((r1 >= 0) & (r1 < R1))[:, None] & inside
+            mask2 = ((r2 >= 0) & (r2 < R2))[:, None] & inside
+            a = tl.load(a0 + r[:, None] * K + k[None, :], mask=(r < R0)[:, None] & inside, other=0.0).to(tl.float32)
+            a += tl.load(a1 + r1[:, None] * K + k[None, :], mask=mask1, other=0.0).to(tl.float32)
+            a += tl.load(a2 + r2[:, None] * K + k[None, :], mask=mask2, other=0.0).to(tl.float32)
+            a_at = a_out + r.to(tl.int64)[:, None] * a_stride + k[None, :]
+            tl.store(a_at, a.to(a_out.dtype.element_ty), mask=(r < a_rows)[:, None] & inside)
+
+
+@triton.jit
+def _adapter_kernel(  # type: ignore[no-untyped-def]
+    a0, b0, a1, b1, a2, b2, a_out, b_out,
+    N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _place_adapters(
+        tl.program_id(0), a0, b0, a1, b1, a2, b2, a_out, b_out,
+        N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
+        BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weight_and_adapters_kernel(  # type: ignore[no-untyped-def]
+    packed0, absmax0, code2_0, absmax2_0, offset0,
+    packed1, absmax1, code2_1, absmax2_1, offset1,
+    packed2, absmax_2, code2_2, absmax2_2, offset2,
+    code, out, num_blocks0, num_blocks1, num_blocks2, programs0, programs1, start1, start2,
+    blocks_per_row, out_stride, adapter_programs,
+    a0, b0, a1, b1, a2, b2, a_out, b_out,
+    N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
+    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The adapters, by the first programs, whose loops are then hidden behind the others; those decode the weights."""
+    program = tl.program_id(0)
+    if program < adapter_programs:
+        _place_adapters(
+            program, a0, b0, a1, b1, a2, b2, a_out, b_out,
+            N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
+            BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        decode_part(
+            program - adapter_programs,
+            packed0, absmax0, code2_0, absmax2_0, offset0,
+            packed1, absmax1, code2_1, absmax2_1, offset1,
+            packed2, absmax_2, code2_2, absmax2_2, offset2,
+            code, out, num_blocks0, num_blocks1, num_blocks2, programs0, programs1, start1, start2,
+            blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS, TILES,
+        )  # fmt: skip
 
 
 # --- kernels: backward -----------------------------------------------------------------------------------------------
@@ -220,15 +290,16 @@ def padded_rank(linears: Sequence[Linear]) -> int:
 
 
 class Columns(NamedTuple):
-    """[W | s·B] [N, K + p] of one to three layers with the same input, and their A [R, K], in the compute dtype."""
+    """[W | s·B] [N, K + p] of one to three layers with the same input, and their A, in the compute dtype."""
 
     weight: Tensor
-    a: Tensor
+    padded_a: Tensor  # A [R, K] and zeros, [p, K]
+    rank: int  # R, the ranks together
 
     @property
-    def rank(self) -> int:
-        """R, the ranks together."""
-        return self.a.shape[0]
+    def a(self) -> Tensor:
+        """A [R, K]."""
+        return self.padded_a[: self.rank]
 
 
 class Rows(NamedTuple):
@@ -244,32 +315,51 @@ class Rows(NamedTuple):
 
 
 def weight_columns(
-    linears: Sequence[Linear], scale: float, dtype: torch.dtype, weight: Tensor | None = None
+    linears: Sequence[Linear],
+    scale: float,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    *,
+    buffer: Tensor | None = None,
 ) -> Columns:
-    """The buffers of the columns form, in two launches: one decodes, one places the adapters.
+    """The buffers of the columns form, in one launch, which decodes and places the adapters beside it.
 
-    With `weight`, a buffer that this function has made before, only the adapters are written anew.
+    With `weight`, a buffer that this function has made before, only the adapters are written anew. `buffer` is flat
+    memory of at least `weight_size` elements to make it in.
     """
     N, K, p, rank = _sizes(linears)
-    if weight is None:
-        weight = torch.empty(N, K + p, dtype=dtype, device=linears[0].weight.device)
-        _decode(linears, weight[:, :K])
-    a = torch.empty(rank, K, dtype=dtype, device=weight.device)
-    if rank > 0:
-        _place_adapters(linears, scale, a, weight[:, K:])
-    return Columns(weight, a)
+    made = _buffer((N, K + p), linears, dtype, buffer) if weight is None else weight
+    a = torch.empty(p, K, dtype=dtype, device=made.device)
+    _fill(linears, scale, made[:, :K] if weight is None else None, a, made[:, K:])
+    return Columns(made, a, rank)
 
 
-def weight_rows(linears: Sequence[Linear], scale: float, dtype: torch.dtype, weight: Tensor | None = None) -> Rows:
+def weight_rows(
+    linears: Sequence[Linear],
+    scale: float,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    *,
+    buffer: Tensor | None = None,
+) -> Rows:
     """The buffers of the rows form, as `weight_columns` makes those of the columns form."""
     N, K, p, rank = _sizes(linears)
-    if weight is None:
-        weight = torch.empty(N + p, K, dtype=dtype, device=linears[0].weight.device)
-        _decode(linears, weight[:N])
-    b = torch.empty(rank, N, dtype=dtype, device=weight.device)
-    if rank > 0:
-        _place_adapters(linears, scale, weight[N:], b.t())
-    return Rows(weight, b)
+    made = _buffer((N + p, K), linears, dtype, buffer) if weight is None else weight
+    b = torch.empty(rank, N, dtype=dtype, device=made.device)
+    _fill(linears, scale, made[:N] if weight is None else None, made[N:], b.t())
+    return Rows(made, b)
+
+
+def weight_size(linears: Sequence[Linear]) -> int:
+    """Elements of the buffer that `weight_columns` or `weight_rows` makes, whichever is larger."""
+    N, K, p, _ = _sizes(linears)
+    return max(N * (K + p), (N + p) * K)
+
+
+def _buffer(shape: tuple[int, int], linears: Sequence[Linear], dtype: torch.dtype, memory: Tensor | None) -> Tensor:
+    if memory is None:
+        return torch.empty(shape, dtype=dtype, device=linears[0].weight.device)
+    return memory[: shape[0] * shape[1]].view(shape)
 
 
 def _sizes(linears: Sequence[Linear]) -> tuple[int, int, int, int]:
@@ -278,24 +368,30 @@ def _sizes(linears: Sequence[Linear]) -> tuple[int, int, int, int]:
     return sum(linear.weight.shape[0] for linear in linears), linears[0].weight.shape[1], padded_rank(linears), rank
 
 
-def _decode(linears: Sequence[Linear], out: Tensor) -> None:
-    weights = [linear.weight for linear in linears]
-    packed = [part for part in weights if isinstance(part, NF4Weight)]
-    if len(packed) == len(weights):
-        decode_stacked(packed, out.dtype, out)
-    else:
-        for rows, part in zip(_row_blocks(out, linears), weights, strict=True):
-            rows.copy_(_dense(part, out.dtype))
-
-
-def _row_blocks(rows: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
-    blocks: tuple[Tensor, ...] = rows.split([linear.weight.shape[0] for linear in linears])
-    return blocks
-
-
-def _place_adapters(linears: Sequence[Linear], scale: float, a: Tensor, b: Tensor) -> None:
-    """A of all into a [R or p, K], s·B of all into b [N, R or p] of any strides; zeros in what is left of them."""
-    if not runs_kernels(a, b):
+def _fill(linears: Sequence[Linear], scale: float, weight: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """W of all into weight [N, K], if there is one, A of all into a [R or p, K], s·B of all into b [N, R or p] of any
+    strides; zeros in what is left of a and b."""
+    placed = sum(linear.rank for linear in linears) > 0
+    packed = [linear.weight for linear in linears if isinstance(linear.weight, NF4Weight)]
+    kernels = runs_kernels(a, b)
+    if weight is not None and len(packed) < len(linears):
+        for rows, linear in zip(_row_blocks(weight, linears), linears, strict=True):
+            rows.copy_(_dense(linear.weight, weight.dtype))
+    elif weight is not None and not (placed and kernels and decodes_in_one_launch(packed)):
+        decode_stacked(packed, weight.dtype, weight)
+    elif weight is not None:
+        runs_kernels(weight, *(part.packed for part in packed))  # refuses operands on several devices
+        decode_programs, decode_args, options = decode_arguments(packed, weight)
+        programs, args, blocks = _adapter_arguments(linears, scale, a, b)
+        launch(
+            _weight_and_adapters_kernel, (programs + decode_programs,),
+            *decode_args, programs, *args, **options, **blocks,
+        )  # fmt: skip
+        return
+    if placed and kernels:
+        programs, args, blocks = _adapter_arguments(linears, scale, a, b)
+        launch(_adapter_kernel, (programs,), *args, **blocks, num_warps=4)
+    elif placed:
         a.zero_()
         b.zero_()
         start = 0
@@ -305,7 +401,17 @@ def _place_adapters(linears: Sequence[Linear], scale: float, a: Tensor, b: Tenso
                 a[start:end].copy_(linear.lora_a.detach())
                 rows[:, start:end].copy_(linear.lora_b.detach() * scale)
                 start = end
-        return
+
+
+def _row_blocks(rows: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    blocks: tuple[Tensor, ...] = rows.split([linear.weight.shape[0] for linear in linears])
+    return blocks
+
+
+def _adapter_arguments(
+    linears: Sequence[Linear], scale: float, a: Tensor, b: Tensor
+) -> tuple[int, list[Any], dict[str, Any]]:
+    """How many programs place the adapters, and the arguments and options of the kernel's `_place_adapters`."""
     operands: list[Tensor] = []
     sizes, ranks = [0, 0, 0], [0, 0, 0]
     for i, linear in enumerate(linears):
@@ -315,15 +421,11 @@ def _place_adapters(linears: Sequence[Linear], scale: float, a: Tensor, b: Tenso
         else:
             operands += (linear.lora_a.detach().contiguous(), linear.lora_b.detach().contiguous())
     operands += [a] * (6 - len(operands))
-    block_p = next_power_of_2(max(a.shape[0], b.shape[1]))
-    block_n = block_k = max(8192 // block_p, 8)
-    row_programs = cdiv(sum(sizes), block_n)
-    launch(
-        _adapter_kernel, (row_programs + cdiv(a.shape[1], block_k),),
-        *operands, a, b, *sizes, *ranks, a.shape[1], scale,
-        a.stride(0), a.shape[0], b.stride(0), b.stride(1), b.shape[1], row_programs,
-        BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_P=block_p, num_warps=8,
-    )  # fmt: skip
+    blocks = {"BLOCK_N": 16, "BLOCK_P": 32, "BLOCK_R": 8, "BLOCK_K": 64}
+    b_programs = cdiv(sum(sizes), blocks["BLOCK_N"])
+    strides = a.stride(0), a.shape[0], b.stride(0), b.stride(1), b.shape[1]
+    arguments = [*operands, a, b, *sizes, *ranks, a.shape[1], scale, *strides, b_programs]
+    return b_programs + cdiv(a.shape[1], blocks["BLOCK_K"]), arguments, blocks
 
 
 def extend(

@@ -241,7 +241,8 @@ def _decode_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decode_blocks_kernel(  # type: ignore[no-untyped-def]
+def decode_part(  # type: ignore[no-untyped-def]
+    program,
     packed0, absmax0, code2_0, absmax2_0, offset0,
     packed1, absmax1, code2_1, absmax2_1, offset1,
     packed2, absmax_2, code2_2, absmax2_2, offset2,
@@ -249,11 +250,11 @@ def _decode_blocks_kernel(  # type: ignore[no-untyped-def]
     blocks_per_row, out_stride,
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One to three weights, rows of one buffer. Whole blocks, none of which straddles two rows (K % blocksize == 0).
+    """What one program decodes of one to three weights, rows of one buffer; `decode_arguments` makes the arguments.
 
-    A program decodes TILES tiles of BLOCKS blocks. Two tiles keep more bytes in flight than one of twice the size.
+    Whole blocks, none of which straddles two rows (K % blocksize == 0): TILES tiles of BLOCKS blocks. Two tiles keep
+    more bytes in flight than one of twice the size.
     """
-    program = tl.program_id(0)
     for tile in tl.static_range(TILES):
         if program < programs0:
             first = (program * TILES + tile) * BLOCKS
@@ -267,6 +268,25 @@ def _decode_blocks_kernel(  # type: ignore[no-untyped-def]
             first = ((program - programs0 - programs1) * TILES + tile) * BLOCKS
             _decode_tile(packed2, code, absmax_2, code2_2, absmax2_2, offset2, out + start2,
                          first, num_blocks2, blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS)  # fmt: skip
+
+
+@triton.jit
+def _decode_blocks_kernel(  # type: ignore[no-untyped-def]
+    packed0, absmax0, code2_0, absmax2_0, offset0,
+    packed1, absmax1, code2_1, absmax2_1, offset1,
+    packed2, absmax_2, code2_2, absmax2_2, offset2,
+    code, out, num_blocks0, num_blocks1, num_blocks2, programs0, programs1, start1, start2,
+    blocks_per_row, out_stride,
+    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    decode_part(
+        tl.program_id(0),
+        packed0, absmax0, code2_0, absmax2_0, offset0,
+        packed1, absmax1, code2_1, absmax2_1, offset1,
+        packed2, absmax_2, code2_2, absmax2_2, offset2,
+        code, out, num_blocks0, num_blocks1, num_blocks2, programs0, programs1, start1, start2,
+        blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS, TILES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -293,26 +313,17 @@ def _scales(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weight.absmax, weight.code2, weight.absmax2, weight.offset
 
 
-def _decode_forward(weights: Sequence[NF4Weight], out: Tensor) -> None:
-    """One launch for up to three weights of one width and format; else one for each."""
+def decodes_in_one_launch(weights: Sequence[NF4Weight]) -> bool:
+    """Up to three weights of one width and format, in whole blocks."""
+    first = weights[0]
+    alike = all(w.blocksize == first.blocksize and (w.code2 is None) == (first.code2 is None) for w in weights)
+    return first.shape[1] % first.blocksize == 0 and alike and len(weights) <= 3
+
+
+def decode_arguments(weights: Sequence[NF4Weight], out: Tensor) -> tuple[int, list[Any], dict[str, Any]]:
+    """How many programs decode them, and the arguments and options of `decode_part`. The options are a launch's too."""
     first = weights[0]
     K, blocksize, nested = first.shape[1], first.blocksize, first.code2 is not None
-    alike = all(w.blocksize == blocksize and (w.code2 is not None) == nested for w in weights)
-    if K % blocksize != 0 or not alike or len(weights) > 3:
-        row = 0
-        for weight in weights:
-            rows = out[row : row + weight.shape[0]]
-            if len(weights) > 1:
-                _decode_forward((weight,), rows)
-            else:
-                launch(
-                    _decode_elements_kernel, (cdiv(weight.numel, 1024),),
-                    weight.packed, code_table(weight.device), *_scales(weight), rows,
-                    weight.numel, K, rows.stride(0),
-                    NESTED=nested, BLOCKSIZE=blocksize, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
-                )  # fmt: skip
-            row += weight.shape[0]
-        return
     # Tiles of 2,048 elements, two a program: 85 % of the copy rate on an H100.
     blocks, tiles = max(2048 // blocksize, 1), 2
     padded = [*weights, *[first] * (3 - len(weights))]
@@ -320,13 +331,33 @@ def _decode_forward(weights: Sequence[NF4Weight], out: Tensor) -> None:
     programs = [cdiv(count, blocks * tiles) for count in num_blocks]
     start1 = first.shape[0] * out.stride(0)
     start2 = start1 + padded[1].shape[0] * out.stride(0)
-    operands = [operand for weight in padded for operand in (weight.packed, *_scales(weight))]
-    launch(
-        _decode_blocks_kernel, (sum(programs),),
-        *operands, code_table(first.device), out, *num_blocks, programs[0], programs[1], start1, start2,
-        K // blocksize, out.stride(0),
-        NESTED=nested, BLOCKSIZE=blocksize, BLOCKS=blocks, TILES=tiles, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    arguments: list[Any] = [operand for weight in padded for operand in (weight.packed, *_scales(weight))]
+    arguments += [code_table(first.device), out, *num_blocks, programs[0], programs[1], start1, start2]
+    arguments += [K // blocksize, out.stride(0)]
+    options = {"NESTED": nested, "BLOCKSIZE": blocksize, "BLOCKS": blocks, "TILES": tiles}
+    return sum(programs), arguments, {**options, "num_warps": 4, "enable_fp_fusion": False}
+
+
+def _decode_forward(weights: Sequence[NF4Weight], out: Tensor) -> None:
+    """One launch for weights that allow it; else one for each."""
+    if decodes_in_one_launch(weights):
+        programs, arguments, options = decode_arguments(weights, out)
+        launch(_decode_blocks_kernel, (programs,), *arguments, **options)
+        return
+    row = 0
+    for weight in weights:
+        rows = out[row : row + weight.shape[0]]
+        if len(weights) > 1:
+            _decode_forward((weight,), rows)
+        else:
+            launch(
+                _decode_elements_kernel, (cdiv(weight.numel, 1024),),
+                weight.packed, code_table(weight.device), *_scales(weight), rows,
+                weight.numel, weight.shape[1], rows.stride(0),
+                NESTED=weight.code2 is not None, BLOCKSIZE=weight.blocksize, BLOCK=1024,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        row += weight.shape[0]
 
 
 def decode_stacked(weights: Sequence[NF4Weight], dtype: torch.dtype, out: Tensor) -> Tensor:

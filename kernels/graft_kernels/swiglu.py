@@ -168,8 +168,9 @@ def _forward_with_product_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_products_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, h_ptr, h_stride, T, K, scale,
-    RANK: tl.constexpr, TAIL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    partial_ptr, h_ptr, h_stride, product_ptr, T, K, scale,
+    RANK: tl.constexpr, TAIL: tl.constexpr, SPLITS: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """The last TAIL columns of [h | scale·h Aᵀ | 0]: the splits are added one after another."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -181,6 +182,8 @@ def _add_products_kernel(  # type: ignore[no-untyped-def]
         total += tl.load(partial_ptr + (row_64 + split * T) * RANK + r, mask=row_ok & (r < RANK), other=0.0)
     tail = tl.where(r < RANK, total * scale, 0.0).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + row_64 * h_stride + K + r, tail, mask=row_ok & (r < TAIL))
+    if COPIES:
+        tl.store(product_ptr + row_64 * RANK + r, tail, mask=row_ok & (r < RANK))
 
 
 @triton.jit
@@ -279,6 +282,7 @@ def swiglu_forward(
     out: Tensor | None = None,
     lora_a: Tensor | None = None,
     scale: float = 1.0,
+    product_out: Tensor | None = None,
 ) -> Tensor:
     """h = a(g)∘u [T, I], or with `lora_a` all of [h | scale·h Aᵀ | 0], without autograd.
 
@@ -290,12 +294,13 @@ def swiglu_forward(
             the smallest p. Without `lora_a` it may be the memory of gate or up.
         lora_a: A [R, I]: the last p columns of `out` become scale·h Aᵀ and p - R columns of zeros.
         scale: of those columns.
+        product_out: where scale·h Aᵀ goes as well, [T, R] contiguous, for a backward that needs nothing else of `out`.
 
-    All matrices may have any row stride.
+    All other matrices may have any row stride.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the activation is unknown, or the last dimension of `out` is
-            not contiguous.
+        ValueError: shapes, dtypes or devices do not fit, the activation is unknown, or an output's memory is not as it
+            must be.
     """
     _check_activation(activation)
     gate = operand("gate", gate_TI, (None, None))
@@ -303,7 +308,11 @@ def swiglu_forward(
     up = operand("up", up_TI, (tokens, width), dtype)
     h, lora_a = output_with_tail(out, gate, "lora_a", lora_a)
     rank, tail = 0 if lora_a is None else lora_a.shape[0], h.shape[1] - width
-    kernels = runs_kernels(gate, up, lora_a, h)
+    if product_out is not None:
+        output("product_out", product_out, (tokens, rank), gate)
+        if not product_out.is_contiguous():
+            raise ValueError(f"product_out has strides {product_out.stride()}, expected one contiguous piece")
+    kernels = runs_kernels(gate, up, lora_a, h, product_out)
     fused = kernels and 0 < rank <= FUSED_RANK.get(dtype.itemsize, 0)
     if not kernels:
         # The backward's formula, so that the h it rebuilds is this one to the bit.
@@ -321,8 +330,9 @@ def swiglu_forward(
         block_m = max(1, 512 // block_tail)
         launch(
             _add_products_kernel, (cdiv(tokens, block_m),),
-            partial, h, h.stride(0), tokens, width, scale,
-            RANK=rank, TAIL=tail, SPLITS=tile.splits, BLOCK_M=block_m, BLOCK_TAIL=block_tail, num_warps=4,
+            partial, h, h.stride(0), product_out, tokens, width, scale,
+            RANK=rank, TAIL=tail, SPLITS=tile.splits, COPIES=product_out is not None,
+            BLOCK_M=block_m, BLOCK_TAIL=block_tail, num_warps=4,
         )  # fmt: skip
     else:
         block_m, block_k, num_warps = _elementwise_tile(width)
@@ -333,6 +343,8 @@ def swiglu_forward(
         )  # fmt: skip
     if lora_a is not None and not fused:
         write_tail(h, width, lora_a, scale)
+        if product_out is not None:
+            product_out.copy_(h[:, width : width + rank])
     return h
 
 

@@ -186,7 +186,6 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"method": {}}, "missing_required_parameter", "method.type", "method.type"),
     ({"method": {"type": "supervised", "dpo": {}}}, "unknown_parameter", "method", "supervised"),
     ({"integrations": [{"type": "wandb"}]}, "unsupported_integration", "integrations", "not available"),
-    ({"packing": True}, "unsupported_parameter", "packing", "not available"),
     ({"lora": {"use_dora": True}}, "unsupported_parameter", "lora.use_dora", "DoRA"),
     # contradictions
     (

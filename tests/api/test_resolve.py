@@ -76,12 +76,10 @@ def test_the_sequence_length_is_the_models_or_2048(bases: Any) -> None:
     assert recipe(bases, 50, model="acme/big", max_seq_length=8192).max_seq_length == 8192
 
 
-def test_a_step_is_cut_into_micro_batches_by_tokens(bases: Any) -> None:
-    big = {"hyperparameters": {"batch_size": 16}}
-    assert recipe(bases, 50, **big).micro_batch_size == 8
-    assert recipe(bases, 50, model="acme/big", **big).micro_batch_size == 2
-    assert recipe(bases, 50, model="acme/big", max_seq_length=8192, **big).micro_batch_size == 1
-    assert recipe(bases, 50, hyperparameters={"batch_size": 1}).micro_batch_size == 1
+def test_rows_are_packed_unless_refused(bases: Any) -> None:
+    assert recipe(bases, 50).packing
+    assert recipe(bases, 50, packing=True).packing
+    assert not recipe(bases, 50, packing=False).packing
 
 
 def test_what_the_caller_names_is_taken(bases: Any) -> None:

@@ -225,11 +225,15 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     def linear(n: int, k: int, r: int) -> Linear:
+        blocks = n * k // 64
         weight = NF4Weight(
             packed=meta(n * k // 2, dtype=torch.uint8),
             shape=(n, k),
             blocksize=64,
-            absmax=meta(n * k // 64, dtype=torch.float32),
+            absmax=meta(blocks, dtype=torch.uint8),
+            code2=meta(256, dtype=torch.float32),
+            absmax2=meta(-(-blocks // 256), dtype=torch.float32),
+            offset=meta(1, dtype=torch.float32),
         )
         adapter = (meta(r, k, dtype=torch.float32), meta(n, r, dtype=torch.float32))
         return Linear(weight, *(part.requires_grad_() for part in adapter))
@@ -249,4 +253,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     qkv = [linear(n, 4096, 16) for n in (4096, 1024, 1024)]
     yield "three side by side", lambda: weight_columns(qkv, 2.0, torch.bfloat16)
     yield "three, rows", lambda: weight_rows(qkv, 2.0, torch.bfloat16)
+    resident = meta(6144, 4096 + 64)
+    yield "three side by side, adapters alone", lambda: weight_columns(qkv, 2.0, torch.bfloat16, resident)
     yield "few tokens", lambda: extend(meta(512, 4096), meta(16, 4096), 64)

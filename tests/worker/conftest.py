@@ -102,7 +102,7 @@ def make_spec(tmp_path: Path, base_folder: Path, write_jsonl: Callable[..., Path
                 "base_model": "tiny",
                 "n_epochs": 2,
                 "batch_size": 4,
-                "micro_batch_size": 2,
+                "micro_batch_tokens": 64,
                 "max_seq_length": 128,
                 "learning_rate": 2e-3,
                 "n_evals": 3,

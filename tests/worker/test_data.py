@@ -1,4 +1,4 @@
-"""What is learnt from a conversation, and in which order conversations come."""
+"""What is learnt from a conversation."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from graft_worker.data import (
-    IGNORED,
-    ChatEncoder,
-    RowError,
-    encode_file,
-    epoch_order,
-    micro_batches,
-    parse_row,
-    rows_of_step,
-    split_rows,
-)
+from graft_worker.data import IGNORED, ChatEncoder, RowError, encode_file, parse_row, split_rows
 from graft_worker.failures import TrainingFailure
 
 from .tiny import MARKED_TEMPLATE, PLAIN_TEMPLATE, conversation
@@ -261,35 +251,6 @@ def test_bytes_are_read_as_utf8_with_or_without_a_mark() -> None:
         parse_row(b"\xff")
     messages, _ = parse_row(b'\xef\xbb\xbf{"messages": [{"role": "assistant", "content": "hi"}]}')
     assert messages == [{"role": "assistant", "content": "hi", "weight": 1}]
-
-
-def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    orders = [epoch_order(50, seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    torch.manual_seed(123)
-    assert epoch_order(50, 1, 0) == orders[0]
-
-
-def test_every_row_comes_once_an_epoch(tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., Path]) -> None:
-    rows = encode_file(write_jsonl([conversation(i) for i in range(10)]), tokenizer, max_seq_length=128).rows
-    order = epoch_order(10, 3, 0)
-    steps = [rows_of_step(rows, order, step, 4) for step in range(3)]
-    assert [len(step) for step in steps] == [4, 4, 2]
-    assert [row.line for step in steps for row in step] == [index + 1 for index in order]
-
-
-def test_micro_batches_pad_on_the_right(tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., Path]) -> None:
-    rows = encode_file(write_jsonl([conversation(i) for i in range(5)]), tokenizer, max_seq_length=128).rows
-    batches = list(micro_batches(rows, 2, pad_token_id=9))
-    assert [len(batch.input_ids) for batch in batches] == [2, 2, 1]
-    for index, row in enumerate(rows):
-        batch, length = batches[index // 2], len(row.input_ids)
-        assert torch.equal(batch.input_ids[index % 2, :length].int(), row.input_ids)
-        assert torch.equal(batch.labels[index % 2, :length].int(), row.labels)
-        assert batch.attention_mask[index % 2].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
-        assert set(batch.input_ids[index % 2, length:].tolist()) <= {9}
-        assert set(batch.labels[index % 2, length:].tolist()) <= {IGNORED}
 
 
 def test_the_split_is_the_same_for_the_same_seed(

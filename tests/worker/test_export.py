@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from graft.recipe import LoraSettings
 from graft_worker import lora
 from graft_worker.base_model import BaseModel
-from graft_worker.data import encode_file, micro_batches
+from graft_worker.batches import pad
+from graft_worker.data import encode_file
+from graft_worker.decoder import Decoder
 from graft_worker.spec import TrainingSpec
 from graft_worker.trainer import train
 
@@ -41,14 +43,14 @@ def test_logits_of_the_loaded_adapter_agree_with_the_trainers(
     folder: Path, spec: TrainingSpec, base: BaseModel, base_folder: Path
 ) -> None:
     rows = encode_file(spec.validation_file, base.tokenizer, max_seq_length=128).rows
-    (batch,) = micro_batches(rows, len(rows), pad_token_id=0)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    real = batch.attention_mask.bool()
+    batch = pad(rows, 1, 0).to(base.device)
+    inputs = {"input_ids": batch.input_ids.view(batch.shape), "attention_mask": batch.attention_mask}
+    real = batch.attention_mask.flatten().bool()
     adapter = lora.attach(base.model, SETTINGS, seed=0)
     try:
         adapter.load_state_dict(load_file(folder / "adapter_model.safetensors"))
         with torch.no_grad():
-            ours = base.model(**inputs).logits[real]
+            ours = Decoder(base.model, max_positions=128).logits(batch)[real]
     finally:
         lora.detach(base.model)
 
@@ -59,13 +61,13 @@ def test_logits_of_the_loaded_adapter_agree_with_the_trainers(
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, quantization_config=quantization)
-    plain = model.train()(**inputs).logits[real]
+    plain = model.train()(**inputs).logits.flatten(0, 1)[real]
     model = peft.PeftModel.from_pretrained(model, folder).eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.train()  # in eval() bitsandbytes may repack its weights on the CPU, which changes them
     with torch.no_grad():
-        theirs = model(**inputs).logits[real]
+        theirs = model(**inputs).logits.flatten(0, 1)[real]
 
     error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
     effect = torch.linalg.vector_norm(plain - theirs) / torch.linalg.vector_norm(theirs)

@@ -35,7 +35,7 @@ from graft_worker.export import WEIGHTS_NAME
 from graft_worker.failures import TrainingFailure
 from graft_worker.lora import Adapter
 
-FORMAT = 1
+FORMAT = 2
 ADAPTER_FOLDER = "adapter"
 _STATE = "state.json"
 _TRAINER_STATE = "trainer_state.pt"
@@ -56,6 +56,9 @@ class Progress:
     stopped_early: bool = False
     best: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    # How steps are cut and how many rows the head takes at once, as the first start decided: both decide about bits.
+    batching: dict[str, Any] = field(default_factory=dict)
+    head_chunk_rows: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

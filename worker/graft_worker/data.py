@@ -1,4 +1,4 @@
-"""From a file of conversations to micro-batches: chat template, tokens, labels, order.
+"""From a file of conversations to rows: chat template, tokens, labels. What is made of the rows is in batches.py.
 
 A line of the file is one conversation; one conversation is one row. What is learnt is what the assistant said, in the
 turns whose `weight` is 1, up to and with the token that ends the turn.
@@ -8,8 +8,6 @@ tokens of those characters, so that a dataset cannot end a turn or open another.
 the template behind private-use characters of the same length, finding the template's own control tokens, and
 tokenising what lies between them with control tokens switched off. A tokenizer whose text depends on what precedes it
 cannot be cut that way; with one of those the conversation is refused by line.
-
-The order is a function of (seed, epoch) alone, so a position is (epoch, step) and nothing else has to be kept.
 """
 
 from __future__ import annotations
@@ -84,18 +82,6 @@ class EncodedDataset:
 
     rows: tuple[Row, ...]
     statistics: DatasetStatistics
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class MicroBatch:
-    """Rows padded on the right to the longest. All int64 [B, T]; `attention_mask` is 0 on padding."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
 # A file ---------------------------------------------------------------------------------------------------------------
@@ -474,37 +460,3 @@ def _replace(value: Any, replacements: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [_replace(item, replacements) for item in value]
     return value
-
-
-# Order and batches ----------------------------------------------------------------------------------------------------
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of one epoch (counted from 0): a function of its arguments alone."""
-    # A large odd stride keeps (seed, epoch) pairs of neighbouring seeds apart.
-    generator = torch.Generator().manual_seed(seed + 0x9E3779B1 * epoch)
-    return torch.randperm(num_rows, generator=generator).tolist()
-
-
-def rows_of_step(rows: Sequence[Row], order: Sequence[int], step: int, batch_size: int) -> list[Row]:
-    """The rows of the epoch's step `step` (counted from 0). The last one of an epoch may be smaller."""
-    return [rows[index] for index in order[step * batch_size : (step + 1) * batch_size]]
-
-
-def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_token_id: int) -> Iterator[MicroBatch]:
-    """Consecutive slices of `rows`, each padded on the right to its own longest."""
-    for first in range(0, len(rows), micro_batch_size):
-        yield _collate(rows[first : first + micro_batch_size], pad_token_id)
-
-
-def _collate(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = row.input_ids
-        labels[index, :length] = row.labels
-        attention_mask[index, :length] = 1
-    return MicroBatch(input_ids, attention_mask, labels)

@@ -51,10 +51,14 @@ class LoraLinear(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
 
+    @property
+    def rank(self) -> int:
+        """r of the attached adapter, 0 without one."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
     def extra_repr(self) -> str:
         storage = "nf4" if isinstance(self.weight, NF4Weight) else str(self.weight.dtype)
-        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight={storage}, r={rank}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={storage}, r={self.rank}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,28 +19,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
+from graft.planner import Plan
 from graft.recipe import EarlyStopping, Recipe
-from graft_worker import checkpoint, export, lora
+from graft_kernels.adamw import AdamW
+from graft_worker import checkpoint, export, lora, planning
 from graft_worker.base_model import BaseModel
+from graft_worker.batches import Batching, MicroBatch, epoch_order, pack, rows_of_step
 from graft_worker.checkpoint import Progress
-from graft_worker.data import (
-    IGNORED,
-    EncodedDataset,
-    MicroBatch,
-    Row,
-    encode_file,
-    epoch_order,
-    micro_batches,
-    rows_of_step,
-    split_rows,
-)
+from graft_worker.data import EncodedDataset, Row, encode_file, split_rows
+from graft_worker.decoder import Decoder, UnsupportedModel
 from graft_worker.failures import TrainingFailure
 from graft_worker.spec import TrainingSpec
+from graft_worker.transformers_network import TransformersNetwork
 
 CHECKPOINTS_WITHOUT_EVALUATIONS = 10
 _CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
@@ -202,16 +194,15 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
         extras=spec.extras,
     )
     run_id = _run_id(spec, provenance)
+    network: Network | None = None
 
     try:
         # Adapter, optimizer, and where an earlier attempt got to
         adapter = lora.attach(model, recipe.lora, recipe.seed)
         parameters = adapter.parameters()
         optimizer = make_optimizer(recipe, parameters)
-        if recipe.optimizer == "paged_adamw_8bit" and device.type != "cuda":
-            yield Log(level="warn", message="There is no GPU memory to page here; adamw_8bit is what runs.")
-        if recipe.gradient_checkpointing:
-            _recompute_activations(model, True)
+        if recipe.optimizer == "paged_adamw_8bit":
+            yield Log(level="warn", message="An adapter's state is too small to page; adamw_8bit is what runs.")
         result_csv = spec.work_dir / "result.csv"
         progress, best_adapter = Progress(), None
         if spec.resume_from is None:
@@ -223,6 +214,23 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             progress, best_adapter = restored.progress, restored.best_adapter
             result_csv.write_text(restored.result_csv, encoding="utf-8")
             yield Log(level="info", message=f"Resumed at step {progress.step} of {total_steps}.")
+
+        # The network, and what the memory of this device lets it keep
+        lengths = [len(row.input_ids) for row in (*rows, *valid_rows)]
+        network, reason = _network(base, recipe, parameters, max(lengths))
+        if reason:
+            yield Log(
+                level="warn",
+                message=f"This model is trained through transformers, slower and with padded rows: {reason}.",
+            )
+        with _memory_guard("the plan", recipe):
+            batching, plan = _plan(base, recipe, network, lengths, rows, progress)
+        progress.batching = dataclasses.asdict(batching)
+        if plan is not None:
+            progress.head_chunk_rows = plan.head_chunk_rows
+            yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
+            with _memory_guard("the rehearsal of the largest micro-batch", recipe):
+                _rehearse(network, batching, [*rows, *valid_rows], device)
 
         def save_checkpoint() -> CheckpointSaved:
             folder = spec.work_dir / "checkpoints" / f"step-{progress.step:08d}"
@@ -247,7 +255,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
 
         if valid_rows and progress.initial_valid_loss is None:
             with _memory_guard("the evaluation before training", recipe):
-                before = evaluate(base, valid_rows, recipe.micro_batch_size)
+                before = evaluate(network, valid_rows, batching, base)
             progress.initial_valid_loss = before.loss
             yield Log(
                 level="info",
@@ -271,19 +279,14 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             learning_rate = learning_rate_at(progress.step, total_steps, recipe)
             step = progress.step + 1
 
-            model.train()
             with _memory_guard(f"step {step}", recipe):
-                loss_sum = torch.zeros((), device=device)
-                num_correct = torch.zeros((), device=device)
-                for batch in micro_batches(step_rows, recipe.micro_batch_size, pad_token_id(base)):
-                    loss, correct = token_losses(model, batch, device)
-                    (loss / num_trained).backward()
-                    loss_sum += loss.detach()
-                    num_correct += correct
-                gradients = [part.grad for part in parameters if part.grad is not None]
-                norm = nn.utils.get_total_norm(gradients)
+                network.clear_gradients()
+                totals = torch.zeros(2, dtype=torch.float64, device=device)
+                for batch in batching.micro_batches(step_rows, pad_token_id(base)):
+                    totals += torch.stack([part.double() for part in network.accumulate(batch.to(device), num_trained)])
+                norm = optimizer.grad_norm()
                 # The one place of a step where a GPU is waited for.
-                loss_total, correct_total, grad_norm = torch.stack((loss_sum, num_correct, norm)).tolist()
+                loss_total, correct_total, grad_norm = torch.cat((totals, norm.double()[None])).tolist()
                 if not (math.isfinite(loss_total) and math.isfinite(grad_norm)):
                     raise TrainingFailure(
                         "non_finite_loss",
@@ -292,18 +295,15 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
                         f"{learning_rate:g}) or a longer warm-up often helps; the rows were on lines "
                         f"{', '.join(str(row.line) for row in step_rows[:10])}.",
                     )
-                if recipe.max_grad_norm > 0:
-                    nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.step(max_norm=recipe.max_grad_norm or None, norm=norm)
             seconds = time.monotonic() - started
 
             valid_loss = valid_accuracy = None
             if step in eval_steps and valid_rows:
                 with _memory_guard(f"the evaluation at step {step}", recipe):
-                    found = evaluate(base, valid_rows, recipe.micro_batch_size)
+                    found = evaluate(network, valid_rows, batching, base)
                 valid_loss, valid_accuracy = found.loss, found.accuracy
             metrics = StepMetrics(
                 step=step,
@@ -363,31 +363,11 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
         )
     finally:
         lora.detach(model)
-        if recipe.gradient_checkpointing:
-            _recompute_activations(model, False)
-        model.eval()
+        if isinstance(network, TransformersNetwork):
+            network.close()
 
 
 # The mathematics ------------------------------------------------------------------------------------------------------
-
-
-def token_losses(model: PreTrainedModel, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(sum of the trained tokens' cross-entropies in fp32, number of them the model would have guessed).
-
-    Logits are computed only for positions where some row of the batch has a label.
-    """
-    positions = (batch.labels != IGNORED).any(dim=0).nonzero().view(-1)
-    batch, labels = batch.to(device), batch.labels[:, positions].to(device)
-    logits_BPV = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=positions.to(device),
-    ).logits
-    trained = labels != IGNORED
-    logits_nV, labels_n = logits_BPV[trained].float(), labels[trained]
-    loss = F.cross_entropy(logits_nV, labels_n, reduction="sum")
-    return loss, (logits_nV.detach().argmax(dim=-1) == labels_n).sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,14 +378,11 @@ class Evaluation:
     accuracy: float
 
 
-@torch.no_grad()
-def evaluate(base: BaseModel, rows: Sequence[Row], micro_batch_size: int) -> Evaluation:
+def evaluate(network: Network, rows: Sequence[Row], batching: Batching, base: BaseModel) -> Evaluation:
     """Over all of `rows`, without dropout. Draws no random number, so evaluating does not change the training."""
-    base.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=base.device)
-    for batch in micro_batches(rows, micro_batch_size, pad_token_id(base)):
-        loss, correct = token_losses(base.model, batch, base.device)
-        totals += torch.stack((loss.double(), correct.double()))
+    for batch in batching.micro_batches(rows, pad_token_id(base)):
+        totals += torch.stack([part.double() for part in network.evaluate(batch.to(base.device))])
     loss_total, correct_total = totals.tolist()
     num_trained = sum(row.num_trained for row in rows)
     if not math.isfinite(loss_total):
@@ -439,15 +416,76 @@ def evaluation_steps(total_steps: int, n_evals: int) -> frozenset[int]:
     return frozenset(math.ceil(total_steps * index / n_evals) for index in range(1, n_evals + 1)) | {total_steps}
 
 
-def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with betas (0.9, 0.999); the 8-bit kinds are bitsandbytes'. The loop sets the rate at every step."""
-    kind: Any = {"adamw_torch": torch.optim.AdamW, "adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[
-        recipe.optimizer
-    ]
-    optimizer: torch.optim.Optimizer = kind(
-        parameters, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=recipe.weight_decay
+def make_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> AdamW:
+    """AdamW with betas (0.9, 0.999) and moments in fp32 or 8 bits. The loop sets the rate at every step."""
+    bits = 32 if recipe.optimizer == "adamw_torch" else 8
+    return AdamW(
+        parameters,
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=recipe.weight_decay,
+        state_bits=bits,
     )
-    return optimizer
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+Network = Decoder | TransformersNetwork
+
+
+def _network(
+    base: BaseModel, recipe: Recipe, parameters: list[nn.Parameter], longest: int
+) -> tuple[Network, str | None]:
+    """Our decoder; or transformers' model, and why."""
+    try:
+        decoder = Decoder(base.model, max_positions=longest)
+    except UnsupportedModel as unsupported:
+        return TransformersNetwork(base.model, parameters, recompute=recipe.gradient_checkpointing), str(unsupported)
+    decoder.attach_gradients()
+    return decoder, None
+
+
+def _plan(
+    base: BaseModel,
+    recipe: Recipe,
+    network: Network,
+    lengths: list[int],
+    rows: Sequence[Row],
+    progress: Progress,
+) -> tuple[Batching, Plan | None]:
+    """How steps are cut, as it was stored or decided now; and what is kept, where there is a GPU to plan for."""
+    mode: Literal["packed", "padded"] = "packed" if recipe.packing and isinstance(network, Decoder) else "padded"
+    stored = Batching(**progress.batching) if progress.batching else None
+    if not isinstance(network, Decoder) or base.device.type != "cuda":
+        if isinstance(network, Decoder):
+            network.head_chunk_rows = progress.head_chunk_rows
+            planning.follow_without_plan(network, recipe)
+        return stored or planning.default_batching(recipe, lengths, mode), None
+    trained = sum(row.num_trained for row in rows)
+    own = [len(row.input_ids) for row in rows]
+    work = planning.work_of(recipe, own, max(lengths), trained, stored, progress.head_chunk_rows)
+    plan = planning.make_plan(base, recipe, work)
+    planning.follow(network, plan, recipe)
+    return stored or planning.batching_of(plan, mode), plan
+
+
+def _rehearse(network: Network, batching: Batching, rows: Sequence[Row], device: torch.device) -> None:
+    """Run the largest micro-batch there can be, to no effect: what memory there is not is missed now, and not later."""
+    generators = torch.get_rng_state()
+    longest = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
+    chosen: list[Row] = []
+    for row in longest:
+        if not chosen or sum(len(each.input_ids) for each in [*chosen, row]) <= batching.token_budget:
+            chosen.append(row)
+    batch = _largest(chosen, batching)
+    network.accumulate(batch.to(device), 1.0)
+    network.clear_gradients()
+    torch.set_rng_state(generators)
+
+
+def _largest(rows: Sequence[Row], batching: Batching) -> MicroBatch:
+    return next(batching.micro_batches(rows, 0)) if batching.mode == "padded" else pack(rows, batching.alignment, 0)
 
 
 # Helpers --------------------------------------------------------------------------------------------------------------
@@ -457,15 +495,6 @@ def pad_token_id(base: BaseModel) -> int:
     """Padding is masked out of attention and loss, so any id will do where the tokenizer has none."""
     found = base.tokenizer.pad_token_id
     return 0 if found is None else int(found)
-
-
-def _recompute_activations(model: PreTrainedModel, wanted: bool) -> None:
-    """Each decoder block keeps its input only. transformers 5.23 renamed these methods and warns of the older names."""
-    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if wanted:
-        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{prefix}_checkpointing_disable")()
 
 
 def _encode(spec: TrainingSpec, base: BaseModel, max_seq_length: int) -> tuple[EncodedDataset, EncodedDataset | None]:
@@ -566,7 +595,6 @@ def _memory_guard(what: str, recipe: Recipe) -> Iterator[None]:
             raise
         raise TrainingFailure(
             "out_of_memory",
-            f"Memory ran out in {what}, with micro-batches of {recipe.micro_batch_size} conversations of up to "
-            f"{recipe.max_seq_length} tokens. A smaller micro-batch leaves the result unchanged; a smaller "
-            f"max_seq_length or rank needs less too. ({str(error).splitlines()[0] if str(error) else 'MemoryError'})",
+            f"Memory ran out in {what}, with conversations of up to {recipe.max_seq_length} tokens. A smaller "
+            f"max_seq_length or rank needs less. ({str(error).splitlines()[0] if str(error) else 'MemoryError'})",
         ) from error

@@ -1,0 +1,222 @@
+"""Our decoder computes what transformers' model computes, and no plan changes a bit of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from graft.recipe import LoraSettings
+from graft_worker import lora
+from graft_worker.base_model import _quantize
+from graft_worker.batches import MicroBatch, pack, pad
+from graft_worker.data import IGNORED, Row
+from graft_worker.decoder import KEEP_ALL, TENSORS, Decoder, LayerPlan, UnsupportedModel
+from graft_worker.lora import LoraLinear
+
+VOCABULARY = 160
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("llama", {"num_key_value_heads": 4}),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3_SCALING, "tie_word_embeddings": True}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral with a window": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "phi-3": ("phi3", {"sliding_window": 8, "original_max_position_embeddings": 128}),
+    "phi-4": ("phi3", {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 128}),
+    "gemma-2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 24}),
+    "gemma-3": ("gemma3_text", {"sliding_window": 8, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2}),
+}
+
+
+def build(family: str, device: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random tiny model whose linears are NF4 `LoraLinear`s, biases and norms with values of their own."""
+    kind, options = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **{**SIZES, **options, **overrides})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, part in list(model.named_parameters()):
+        part.requires_grad_(False)
+        if name.endswith("bias") or "norm" in name:
+            part.add_(0.2 * torch.randn_like(part, device="cpu"))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "layers." in path:
+            parent, _, name = path.rpartition(".")
+            bias = None if module.bias is None else module.bias.detach().to(device, dtype)
+            weight = _quantize(module.weight.detach().to(device))
+            setattr(model.get_submodule(parent), name, LoraLinear(weight, bias))
+    return model.to(device, dtype)
+
+
+def attach(model: PreTrainedModel, settings: LoraSettings | None = None) -> lora.Adapter:
+    """An adapter that already does something: B is not zero."""
+    adapter = lora.attach(model, settings or LoraSettings(r=4, alpha=8), 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for part in adapter.parameters()[1::2]:
+            part.copy_(0.1 * torch.randn(part.shape, generator=generator))
+    return adapter
+
+
+def make_rows(lengths: Sequence[int], seed: int = 0) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for line, length in enumerate(lengths, start=1):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator, device="cpu").int()
+        labels = torch.full_like(ids, IGNORED)
+        labels[length // 3 : -1] = ids[length // 3 + 1 :]
+        rows.append(Row(line, ids, labels, int((labels != IGNORED).sum())))
+    return rows
+
+
+def their_gradients(model: PreTrainedModel, adapter: lora.Adapter, batch: MicroBatch, normaliser: float) -> Any:
+    """(loss, logits, gradients) of a dense micro-batch by transformers' model and autograd."""
+    input_ids, labels = (x.view(batch.shape) for x in (batch.input_ids, batch.labels))
+    logits = model(input_ids=input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    gradients = torch.autograd.grad(loss / normaliser, adapter.parameters())
+    return loss.detach(), logits.detach().flatten(0, 1), gradients
+
+
+def our_gradients(
+    decoder: Decoder, adapter: lora.Adapter, batches: Sequence[MicroBatch], normaliser: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    decoder.clear_gradients()
+    losses = [decoder.accumulate(batch, normaliser).loss for batch in batches]
+    return losses, [part.grad.clone() for part in adapter.parameters()]  # type: ignore[union-attr]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("down_proj", "o_proj")], ids=["everywhere", "some"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_what_transformers_computes(family: str, targets: Any, device: str) -> None:
+    model = build(family, device)
+    adapter = attach(model, LoraSettings(r=4, alpha=8, target_modules=targets))
+    decoder = Decoder(model, max_positions=64)
+    decoder.attach_gradients()
+    batch = pad(make_rows([24, 17, 9]), 4, 0).to(torch.device(device))
+    loss, logits, gradients = their_gradients(model, adapter, batch, 11.0)
+    ours = decoder.logits(batch)
+    seen = batch.attention_mask.flatten().bool()
+    assert distance(ours[seen], logits[seen]) < 1e-5
+    [our_loss], our_own = our_gradients(decoder, adapter, [batch], 11.0)
+    assert our_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert max(distance(a, b) for a, b in zip(our_own, gradients, strict=True)) < 5e-5
+    assert decoder.evaluate(batch).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+PLANS: dict[str, Callable[[int], LayerPlan]] = {
+    "the least": lambda _: dict.fromkeys(TENSORS, "recompute") | {"x": "keep"},
+    "all offloaded": lambda _: dict.fromkeys(TENSORS, "offload"),
+    "the least, x offloaded": lambda _: dict.fromkeys(TENSORS, "recompute") | {"x": "offload"},
+    "without the MLP": lambda _: {**KEEP_ALL, "gate_up": "recompute"},
+    "without residual and qkv": lambda _: {**KEEP_ALL, "residual": "recompute", "qkv": "recompute"},
+    "attention alone kept": lambda _: dict.fromkeys(TENSORS, "recompute") | {"x": "keep", "attention": "keep"},
+    "gate and up alone kept": lambda _: dict.fromkeys(TENSORS, "recompute") | {"x": "keep", "gate_up": "keep"},
+    "each layer its own": lambda i: [KEEP_ALL, dict.fromkeys(TENSORS, "offload"), {**KEEP_ALL, "qkv": "recompute"}][i],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("family", ["llama with biases", "qwen3", "gemma-3", "phi-3"])
+def test_no_plan_changes_a_bit(family: str, dropout: float, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = build(family, device, dtype)
+    adapter = attach(model, LoraSettings(r=4, alpha=8, dropout=dropout))
+    decoder = Decoder(model, max_positions=64)
+    decoder.attach_gradients()
+    batches = [pack(make_rows(lengths, 3), 8, 0).to(torch.device(device)) for lengths in ([20, 7, 30], [11, 40])]
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(5)
+        decoder.clear_gradients()
+        losses = [decoder.accumulate(batch, 50.0).loss for batch in batches]
+        return losses, [part.grad.clone() for part in adapter.parameters()]  # type: ignore[union-attr]
+
+    expected = run()
+    for name, plan in PLANS.items():
+        for resident in (0, 2):
+            decoder.follow([plan(index) for index in range(3)], resident_layers=resident)
+            found = run()
+            assert all(map(torch.equal, found[0], expected[0])), name
+            assert all(map(torch.equal, found[1], expected[1])), name
+
+
+@pytest.mark.parametrize("family", ["llama-3", "gemma-2", "mistral with a window"])
+def test_packed_rows_learn_what_rows_alone_learn(family: str, device: str) -> None:
+    model = build(family, device)
+    adapter = attach(model)
+    decoder = Decoder(model, max_positions=64)
+    decoder.attach_gradients()
+    rows = make_rows([24, 17, 9, 2])
+    together = pack(rows, 16, 0).to(torch.device(device))
+    alone = [pad([row], 1, 0).to(torch.device(device)) for row in rows]
+    padded = pad(rows, 8, 0).to(torch.device(device))
+    [loss], gradients = our_gradients(decoder, adapter, [together], 30.0)
+    for batches in (alone, [padded]):
+        losses, others = our_gradients(decoder, adapter, batches, 30.0)
+        assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-5)  # type: ignore[union-attr]
+        assert max(distance(a, b) for a, b in zip(gradients, others, strict=True)) < 5e-5
+
+
+def test_a_packed_document_does_not_see_its_neighbour(device: str) -> None:
+    model = build("llama-3", device)
+    attach(model)
+    decoder = Decoder(model, max_positions=64)
+    first, second = make_rows([24, 17])
+    [other] = make_rows([24], seed=9)
+    places = slice(24, 24 + 17)
+    one, two = (decoder.logits(pack([row, second], 1, 0).to(torch.device(device))) for row in (first, other))
+    assert not torch.equal(one[:24], two[:24])
+    assert torch.equal(one[places], two[places])
+
+
+def test_what_is_not_computed_here_is_refused_with_the_reason(device: str) -> None:
+    model = build("llama-2", device, attention_dropout=0.1)
+    with pytest.raises(UnsupportedModel, match=r"attention_dropout is 0\.1"):
+        Decoder(model, max_positions=64)
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = build("phi-3", device, rope_parameters=longrope)
+    Decoder(model, max_positions=128)
+    with pytest.raises(UnsupportedModel, match="beyond 128 tokens"):
+        Decoder(model, max_positions=192)
+
+
+def test_x_cannot_be_recomputed(device: str) -> None:
+    decoder = Decoder(build("llama-2", device), max_positions=64)
+    with pytest.raises(ValueError, match="x is what everything else is rebuilt from"):
+        decoder.follow([{"x": "recompute"}] * 3)

@@ -1,0 +1,129 @@
+"""From a job and the device it is on to a plan: what the planner is told, and what is done with its answer.
+
+On a GPU the budget is what the device has free, with what this process holds already, and the rates are measured on it
+once a process. On a CPU there is no plan: the memory is the machine's, and what is recomputed is what was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from graft import planner
+from graft.planner import Budget, Card, ModelShape, Plan, PlanRefused, Work
+from graft.recipe import Recipe
+from graft_worker.base_model import BaseModel
+from graft_worker.batches import ALIGNMENT, Batching, BatchMode
+from graft_worker.decoder import KEEP_ALL, TENSORS, Decoder
+from graft_worker.failures import TrainingFailure
+
+# The most tokens of a micro-batch on a CPU, where larger products gain nothing.
+CPU_TOKENS = 4096
+# For micro-batches of so many tokens the host's launches would cost more than what they start.
+GRAPH_TOKENS = 4096
+# Left to whoever else uses the device, and to what the allocator loses between its blocks.
+_SPARE_BYTES = 384 << 20
+
+
+def default_batching(recipe: Recipe, lengths: Sequence[int], mode: BatchMode) -> Batching:
+    """How steps are cut where no plan says so."""
+    tokens = max(min(CPU_TOKENS, recipe.micro_batch_tokens), max(lengths))
+    return Batching(mode=mode, token_budget=-(-tokens // ALIGNMENT) * ALIGNMENT)
+
+
+def work_of(
+    recipe: Recipe,
+    lengths: Sequence[int],
+    longest: int,
+    trained: int,
+    batching: Batching | None,
+    head_chunk_rows: int | None,
+) -> Work:
+    """What a step of rows of these lengths computes, in the planner's words.
+
+    `longest` is that of the validation rows too, `trained` the rows' trained tokens. The last two are what an earlier
+    start decided.
+    """
+    tokens = sum(lengths)
+    # Steps differ in their rows: the mean, and a quarter more.
+    step = max(longest, min(int(1.25 * tokens / len(lengths) * recipe.batch_size) + 1, tokens))
+    return Work(
+        step_tokens=min(step, max(recipe.micro_batch_tokens, longest)),
+        longest_document=longest,
+        document_tokens=sum(length * length for length in lengths) / tokens,
+        packed=recipe.packing,
+        trained_share=max(trained / tokens, 1e-3),
+        micro_batch_tokens=None if batching is None else batching.token_budget,
+        head_chunk_rows=head_chunk_rows,
+    )
+
+
+def make_plan(base: BaseModel, recipe: Recipe, work: Work) -> Plan:
+    """The fastest plan that fits the device.
+
+    Raises:
+        TrainingFailure: out_of_memory, with what is needed and what would make it fit.
+    """
+    shape = ModelShape.from_config(base.model.config.to_dict())
+    free, _ = torch.cuda.mem_get_info(base.device)
+    device = free + torch.cuda.memory_reserved(base.device) - _SPARE_BYTES
+    budget = Budget(device=device, host=_host_bytes() // 2, embedding_on_host=False)
+    try:
+        return planner.plan_for(recipe, shape, work, budget, card=measured_card(base.device))
+    except PlanRefused as refused:
+        raise TrainingFailure("out_of_memory", str(refused)) from refused
+
+
+def follow(decoder: Decoder, plan: Plan, recipe: Recipe) -> None:
+    """Let the decoder do as the plan says."""
+    decoder.head_chunk_rows = plan.head_chunk_rows
+    layers = plan.layers if recipe.gradient_checkpointing else [KEEP_ALL] * len(plan.layers)
+    decoder.follow(layers, resident_layers=plan.resident_layers, graph_tokens=GRAPH_TOKENS)
+
+
+def follow_without_plan(decoder: Decoder, recipe: Recipe) -> None:
+    """On a CPU: everything is kept, or each layer's input only."""
+    least = {**dict.fromkeys(TENSORS, "recompute"), "x": "keep"}
+    layer = least if recipe.gradient_checkpointing else KEEP_ALL
+    decoder.follow([layer] * len(decoder.layers))  # type: ignore[list-item]
+
+
+def batching_of(plan: Plan, mode: BatchMode) -> Batching:
+    """How steps are cut, as the plan of a job's first start says."""
+    return Batching(mode=mode, token_budget=-(-plan.micro_batch_tokens // ALIGNMENT) * ALIGNMENT)
+
+
+@functools.cache
+def measured_card(device: torch.device) -> Card:
+    """The rates of the device: products of a decoder's shape, copies on it, and copies to and from the host. 0.3 s."""
+    a = torch.randn(8192, 4096, dtype=torch.bfloat16, device=device)
+    b = torch.randn(4096, 8192, dtype=torch.bfloat16, device=device)
+    flops = 2 * 8192 * 4096 * 8192 / _seconds(lambda: a @ b, device)
+    source = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+    pinned = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    link = pinned.numel() / _seconds(lambda: target[: 64 << 20].copy_(pinned, non_blocking=True), device)
+    name = torch.cuda.get_device_name(device)
+    return planner.H100.scaled(name, gemm=flops, copy=copy, link=link)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median of some runs."""
+    times = []
+    for _ in range(8):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[4]
+
+
+def _host_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        found = [line for line in file if line.startswith("MemAvailable:")]
+    return int(found[0].split()[1]) * 1024 if found else 0

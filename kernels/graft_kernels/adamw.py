@@ -15,6 +15,9 @@ of θ and g, and for every chunk of CHUNK elements which tensor it belongs to an
 group lie in one buffer. Only the gradients' addresses can change from step to step; they are uploaded when they do,
 asynchronously, and never after `fix_gradients()`. A missing gradient has the address 0.
 
+For hundreds of tensors the device needs half a millisecond, so what the host does with each of them counts: it asks for
+the gradient and what that is, compares addresses, and does nothing else.
+
 8-bit states (arXiv 2110.02861): blocks of 256 elements with an fp32 scale, the block's largest magnitude, and one byte
 per element, an index into `dynamic_map`, the map that bitsandbytes.functional.create_dynamic_map defines: signed for m,
 unsigned for v. Each value goes to the nearest entry, except that a positive v never becomes 0: such an element could
@@ -43,6 +46,7 @@ MIN_8BIT_SIZE = 4096
 # programs on a multiprocessor, so that one reads the tables while others move data.
 CHUNK = 2048
 _NUM_WARPS = 8
+_NORM_WARPS = 8
 _FINISH_BLOCK = 4096  # partial sums that the last reduction reads at a time
 _FACTOR_BLOCK = 512  # tensors per program of the kernel that counts steps
 _ADDRESS_ALIGNMENT = 16
@@ -131,11 +135,14 @@ def adamw_reference(
 
 
 @triton.jit
+def _load(pointers, mask):  # type: ignore[no-untyped-def]
+    """0 where `mask` is off. A chunk that is full comes without a mask: only so are the accesses 16 bytes wide."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
 def _squares(g_ptr, offs, size, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    if MASKED:
-        g = tl.load(g_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
-    else:
-        g = tl.load(g_ptr + offs).to(tl.float32)
+    g = _load(g_ptr + offs, offs < size if MASKED else None).to(tl.float32)
     return tl.sum(g * g, 0)
 
 
@@ -144,7 +151,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     chunks_ptr, sizes_ptr, g_addresses_ptr, partial_ptr,
     GRADIENT: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Σ g² of one chunk. A chunk that is full is read without a mask: only so are the accesses 16 bytes wide."""
+    """Σ g² of one chunk."""
     chunk = tl.program_id(0)
     tensor = tl.load(chunks_ptr + 2 * chunk)
     start = tl.multiple_of(tl.load(chunks_ptr + 2 * chunk + 1), CHUNK)
@@ -207,64 +214,6 @@ def _moved(p, g, m, v, factors_ptr, decay, rate1, beta2, rate2, eps):  # type: i
 
 
 @triton.jit
-def _update(  # type: ignore[no-untyped-def]
-    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, offs, size, clip, decay, rate1, beta2, rate2, eps,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    if MASKED:
-        mask = offs < size
-        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
-        g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip
-        m = tl.load(m_ptr + offs, mask=mask, other=0.0)
-        v = tl.load(v_ptr + offs, mask=mask, other=0.0)
-        p, m, v = _moved(p, g, m, v, factors_ptr, decay, rate1, beta2, rate2, eps)
-        tl.store(p_ptr + offs, p, mask=mask)
-        tl.store(m_ptr + offs, m, mask=mask)
-        tl.store(v_ptr + offs, v, mask=mask)
-    else:
-        p = tl.load(p_ptr + offs)
-        g = tl.load(g_ptr + offs).to(tl.float32) * clip
-        m = tl.load(m_ptr + offs)
-        v = tl.load(v_ptr + offs)
-        p, m, v = _moved(p, g, m, v, factors_ptr, decay, rate1, beta2, rate2, eps)
-        tl.store(p_ptr + offs, p)
-        tl.store(m_ptr + offs, m)
-        tl.store(v_ptr + offs, v)
-
-
-@triton.jit
-def _update_kernel(  # type: ignore[no-untyped-def]
-    chunks_ptr, sizes_ptr, offsets_ptr, p_addresses_ptr, g_addresses_ptr, m_ptr, v_ptr, factors_ptr, control_ptr,
-    decay, rate1, beta2, rate2, eps,
-    GRADIENT: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one tensor, 32-bit states. The moments begin at a multiple of BLOCK elements in their buffers."""
-    chunk = tl.program_id(0)
-    tensor = tl.load(chunks_ptr + 2 * chunk)
-    start = tl.multiple_of(tl.load(chunks_ptr + 2 * chunk + 1), CHUNK)
-    applies = tl.load(control_ptr + 1)
-    address = tl.load(g_addresses_ptr + tensor)
-    if (address != 0) & (applies != 0.0):
-        clip = tl.load(control_ptr)
-        size = tl.load(sizes_ptr + tensor)
-        offset = tl.multiple_of(tl.load(offsets_ptr + tensor), BLOCK)
-        g_ptr = tl.multiple_of(address.to(tl.pointer_type(GRADIENT)), DIVISOR)
-        p_ptr = tl.multiple_of(tl.load(p_addresses_ptr + tensor).to(tl.pointer_type(tl.float32)), DIVISOR)
-        factors_ptr += 2 * tensor
-        offs = start + tl.arange(0, CHUNK)
-        if start + CHUNK <= size:
-            _update(
-                p_ptr, g_ptr, m_ptr + offset, v_ptr + offset, factors_ptr, offs, size,
-                clip, decay, rate1, beta2, rate2, eps, False,
-            )  # fmt: skip
-        else:
-            _update(
-                p_ptr, g_ptr, m_ptr + offset, v_ptr + offset, factors_ptr, offs, size,
-                clip, decay, rate1, beta2, rate2, eps, True,
-            )  # fmt: skip
-
-
-@triton.jit
 def _nearest(x, borders_ptr):  # type: ignore[no-untyped-def]
     """How many of 255 rising borders lie below x, by bisection: 8 look-ups in a table that stays in the L1 cache."""
     index = tl.zeros(x.shape, tl.int32)
@@ -275,59 +224,53 @@ def _nearest(x, borders_ptr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _update8(  # type: ignore[no-untyped-def]
+def _update(  # type: ignore[no-untyped-def]
     p_ptr, g_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, code_ptr, borders_ptr, factors_ptr, start, size,
     clip, decay, rate1, beta2, rate2, eps, MASKED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first_block = start // BLOCK
-    block = tl.arange(0, CHUNK // BLOCK)
-    offs = start + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    if MASKED:
-        mask = offs < size
-        block_mask = start + block * BLOCK < size
-        p = tl.load(p_ptr + offs, mask=mask, other=0.0)
-        g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32) * clip
-        # Beyond the tensor the moments must be 0, whatever value index 0 stands for: they would raise the scale.
-        m_index = tl.load(m_ptr + offs, mask=mask, other=0).to(tl.int32)
-        v_index = tl.load(v_ptr + offs, mask=mask, other=0).to(tl.int32)
-        m_absmax = tl.load(m_absmax_ptr + first_block + block, mask=block_mask, other=0.0)
-        v_absmax = tl.load(v_absmax_ptr + first_block + block, mask=block_mask, other=0.0)
-        m = tl.where(mask, tl.load(code_ptr + m_index) * m_absmax[:, None], 0.0)
-        v = tl.where(mask, tl.load(code_ptr + BLOCK + v_index) * v_absmax[:, None], 0.0)
-    else:
-        p = tl.load(p_ptr + offs)
-        g = tl.load(g_ptr + offs).to(tl.float32) * clip
-        m_absmax = tl.load(m_absmax_ptr + first_block + block)
-        v_absmax = tl.load(v_absmax_ptr + first_block + block)
-        m = tl.load(code_ptr + tl.load(m_ptr + offs).to(tl.int32)) * m_absmax[:, None]
-        v = tl.load(code_ptr + BLOCK + tl.load(v_ptr + offs).to(tl.int32)) * v_absmax[:, None]
+    block = start // BLOCK + tl.arange(0, CHUNK // BLOCK)
+    offs = start + tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offs < size if MASKED else None
+    block_mask = block * BLOCK < size if MASKED else None
+    p = _load(p_ptr + offs, mask)
+    g = _load(g_ptr + offs, mask).to(tl.float32) * clip
+    m = _load(m_ptr + offs, mask)
+    v = _load(v_ptr + offs, mask)
+    if m_absmax_ptr is not None:
+        m = tl.load(code_ptr + m.to(tl.int32)) * _load(m_absmax_ptr + block, block_mask)[:, None]
+        v = tl.load(code_ptr + BLOCK + v.to(tl.int32)) * _load(v_absmax_ptr + block, block_mask)[:, None]
+        if MASKED:
+            # Beyond the tensor the moments must be 0, whatever value index 0 stands for: they would raise the scale.
+            m = tl.where(mask, m, 0.0)
+            v = tl.where(mask, v, 0.0)
     p, m, v = _moved(p, g, m, v, factors_ptr, decay, rate1, beta2, rate2, eps)
-    m_absmax = tl.max(tl.abs(m), 1)
-    v_absmax = tl.max(v, 1)
-    m_index = _nearest(m / tl.where(m_absmax > 0.0, m_absmax, 1.0)[:, None], borders_ptr)
-    v_index = _nearest(v / tl.where(v_absmax > 0.0, v_absmax, 1.0)[:, None], borders_ptr + BLOCK)
-    v_index = tl.where(v > 0.0, tl.maximum(v_index, 1), v_index)
-    if MASKED:
-        tl.store(p_ptr + offs, p, mask=mask)
+    tl.store(p_ptr + offs, p, mask=mask)
+    if m_absmax_ptr is None:
+        tl.store(m_ptr + offs, m, mask=mask)
+        tl.store(v_ptr + offs, v, mask=mask)
+    else:
+        m_absmax = tl.max(tl.abs(m), 1)
+        v_absmax = tl.max(v, 1)
+        m_index = _nearest(m / tl.where(m_absmax > 0.0, m_absmax, 1.0)[:, None], borders_ptr)
+        v_index = _nearest(v / tl.where(v_absmax > 0.0, v_absmax, 1.0)[:, None], borders_ptr + BLOCK)
+        v_index = tl.where(v > 0.0, tl.maximum(v_index, 1), v_index)
         tl.store(m_ptr + offs, m_index.to(tl.uint8), mask=mask)
         tl.store(v_ptr + offs, v_index.to(tl.uint8), mask=mask)
-        tl.store(m_absmax_ptr + first_block + block, m_absmax, mask=block_mask)
-        tl.store(v_absmax_ptr + first_block + block, v_absmax, mask=block_mask)
-    else:
-        tl.store(p_ptr + offs, p)
-        tl.store(m_ptr + offs, m_index.to(tl.uint8))
-        tl.store(v_ptr + offs, v_index.to(tl.uint8))
-        tl.store(m_absmax_ptr + first_block + block, m_absmax)
-        tl.store(v_absmax_ptr + first_block + block, v_absmax)
+        tl.store(m_absmax_ptr + block, m_absmax, mask=block_mask)
+        tl.store(v_absmax_ptr + block, v_absmax, mask=block_mask)
 
 
 @triton.jit
-def _update8_kernel(  # type: ignore[no-untyped-def]
+def _update_kernel(  # type: ignore[no-untyped-def]
     chunks_ptr, sizes_ptr, offsets_ptr, p_addresses_ptr, g_addresses_ptr, m_ptr, v_ptr, factors_ptr, control_ptr,
     m_absmax_ptr, v_absmax_ptr, code_ptr, borders_ptr, decay, rate1, beta2, rate2, eps,
     GRADIENT: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one tensor, 8-bit states; a chunk is a whole number of quantisation blocks."""
+    """One chunk of one tensor: a whole number of quantisation blocks, except at the tensor's end.
+
+    The moments begin at a multiple of BLOCK elements in their buffers. With 32-bit states there are no scales and no
+    map: None.
+    """
     chunk = tl.program_id(0)
     tensor = tl.load(chunks_ptr + 2 * chunk)
     start = tl.multiple_of(tl.load(chunks_ptr + 2 * chunk + 1), CHUNK)
@@ -341,16 +284,17 @@ def _update8_kernel(  # type: ignore[no-untyped-def]
         p_ptr = tl.multiple_of(tl.load(p_addresses_ptr + tensor).to(tl.pointer_type(tl.float32)), DIVISOR)
         m_ptr += offset
         v_ptr += offset
-        m_absmax_ptr += offset // BLOCK
-        v_absmax_ptr += offset // BLOCK
         factors_ptr += 2 * tensor
+        if m_absmax_ptr is not None:
+            m_absmax_ptr += offset // BLOCK
+            v_absmax_ptr += offset // BLOCK
         if start + CHUNK <= size:
-            _update8(
+            _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, code_ptr, borders_ptr, factors_ptr, start, size,
                 clip, decay, rate1, beta2, rate2, eps, False, CHUNK, BLOCK,
             )  # fmt: skip
         else:
-            _update8(
+            _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, code_ptr, borders_ptr, factors_ptr, start, size,
                 clip, decay, rate1, beta2, rate2, eps, True, CHUNK, BLOCK,
             )  # fmt: skip
@@ -374,13 +318,15 @@ class _Part:
     factors: Tensor  # [n, 2] fp32
     control: Tensor  # [2] fp32: what gradients are multiplied by, and 1 if the step is to be taken
     num_chunks: int = 0
-    chunks: Tensor | None = None  # [num_chunks, 2] int64: index of the tensor, first element
-    layout: Tensor | None = None  # [2, n'] int64: sizes, offsets
-    addresses: Tensor | None = None  # [2, n'] int64: parameters, gradients
-    known: list[int] = field(default_factory=list)  # the addresses that the table holds
+    # On the device, int64: [num_chunks, 2] index of the tensor, first element; sizes, offsets [n]; addresses [n] of the
+    # parameters, of the gradients. The last two are renewed when they are no longer `known`.
+    layout: tuple[Tensor, Tensor, Tensor] | None = None
+    addresses: tuple[Tensor, Tensor] | None = None
+    known: list[int] = field(default_factory=list)
     aligned: bool = True
     gradients: list[Tensor | None] = field(default_factory=list)  # of this step
     gradient_dtype: torch.dtype = torch.float32
+    unseen: set[int] = field(default_factory=set)  # parameters that never had a gradient, hence no state to show
 
     @classmethod
     def make(cls, parameters: list[Tensor], bits: int) -> _Part:
@@ -399,7 +345,7 @@ class _Part:
             )
         steps = torch.zeros(n, dtype=torch.float32, device=device)
         factors, control = (torch.zeros(2 * k, dtype=torch.float32, device=device) for k in (n, 1))
-        return cls(parameters, bits, offsets, m, v, m_absmax, v_absmax, steps, factors, control)
+        return cls(parameters, bits, offsets, m, v, m_absmax, v_absmax, steps, factors, control, unseen=set(range(n)))
 
     def state_of(self, index: int) -> dict[str, Tensor]:
         """Views of the buffers, under the names that torch.optim.AdamW uses."""
@@ -415,27 +361,46 @@ class _Part:
             state["exp_avg_absmax"], state["exp_avg_sq_absmax"] = self.m_absmax[blocks], self.v_absmax[blocks]
         return state
 
+    def take_gradients(self) -> bool:
+        """Read every parameter's `.grad`; whether there is one."""
+        self.gradients = [p.grad for p in self.parameters]
+        present = [g for g in self.gradients if g is not None]
+        if not present:
+            return False
+        dtypes, layouts = {g.dtype for g in present}, {g.layout for g in present}
+        if not dtypes.issubset(_GRADIENT_DTYPES) or layouts != {torch.strided}:
+            kinds = ", ".join(sorted({f"{g.dtype} {g.layout}" for g in present}))
+            raise ValueError(f"the gradients are {kinds}; expected dense floating point")
+        self.gradient_dtype = dtypes.pop() if len(dtypes) == 1 else self.parameters[0].dtype
+        if dtypes or not all(map(Tensor.is_contiguous, present)):
+            # Mixed dtypes, or another order of the dimensions than the parameter's: a copy for this step.
+            dtype = self.gradient_dtype
+            self.gradients = [None if g is None else g.to(dtype).contiguous() for g in self.gradients]
+        return True
+
     def upload_tables(self) -> None:
         """Put on the device what it does not hold yet. Copies from pinned memory, in the stream's order: no waiting."""
         device, n = self.m.device, len(self.parameters)
         padded = cdiv(n, 16) * 16  # both rows of a table begin on a 16-byte boundary
-        if self.chunks is None:
+        if self.layout is None:
             sizes = torch.tensor([p.numel() for p in self.parameters], dtype=torch.int64, device="cpu")
             counts = (sizes + CHUNK - 1) // CHUNK
             index = torch.arange(n, device="cpu").repeat_interleave(counts)
             number = torch.arange(index.numel(), device="cpu") - (counts.cumsum(0) - counts)[index]
             self.num_chunks = index.numel()
-            self.chunks = _to_device(torch.stack((index, number * CHUNK), dim=1), device)
-            layout = torch.zeros(2, padded, dtype=torch.int64, device="cpu")
-            layout[0, :n], layout[1, :n] = sizes, torch.tensor(self.offsets, dtype=torch.int64, device="cpu")
-            self.layout = _to_device(layout, device)
-        addresses = [p.data_ptr() for p in self.parameters]
+            chunks = _to_device(torch.stack((index, number * CHUNK), dim=1), device)
+            table = torch.zeros(2, padded, dtype=torch.int64, device="cpu")
+            table[0, :n], table[1, :n] = sizes, torch.tensor(self.offsets, dtype=torch.int64, device="cpu")
+            table = _to_device(table, device)
+            self.layout = chunks, table[0], table[1]
+        addresses = list(map(Tensor.data_ptr, self.parameters))
         # An empty gradient has the address 0 too; it is there all the same, and nobody reads it.
-        addresses += [0 if g is None else g.data_ptr() if g.numel() else _ADDRESS_ALIGNMENT for g in self.gradients]
+        addresses += [0 if g is None else g.data_ptr() or _ADDRESS_ALIGNMENT for g in self.gradients]
         if self.addresses is None or addresses != self.known:
             table = torch.zeros(2, padded, dtype=torch.int64, device="cpu")
             table[:, :n] = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(2, n)
-            self.addresses, self.known = _to_device(table, device), addresses
+            table = _to_device(table, device)
+            self.addresses, self.known = (table[0], table[1]), addresses
             self.aligned = all(address % _ADDRESS_ALIGNMENT == 0 for address in addresses)
 
     @property
@@ -464,20 +429,20 @@ def _norm_of(parts: list[_Part], device: torch.device, dtype: torch.dtype) -> Te
     partial = torch.empty(sum(part.num_chunks for part in parts), dtype=torch.float32, device=device)
     start = 0
     for part in parts:
-        assert part.chunks is not None
         assert part.layout is not None
         assert part.addresses is not None
+        chunks, sizes, _ = part.layout
         launch(
             _norm_kernel,
             (part.num_chunks,),
-            part.chunks,
-            part.layout[0],
+            chunks,
+            sizes,
             part.addresses[1],
             partial[start : start + part.num_chunks],
             GRADIENT=_triton_dtype(part.gradient_dtype),
             DIVISOR=part.divisor,
             CHUNK=CHUNK,
-            num_warps=_NUM_WARPS,
+            num_warps=_NORM_WARPS,
         )
         start += part.num_chunks
     launch(_norm_finish_kernel, (1,), partial, norm, start, BLOCK=_FINISH_BLOCK, num_warps=8)
@@ -487,7 +452,6 @@ def _norm_of(parts: list[_Part], device: torch.device, dtype: torch.dtype) -> Te
 def _update_part(part: _Part, group: dict[str, Any], norm: Tensor, max_norm: float | None) -> None:
     """Two launches: the small one counts the steps, the other moves the parameters."""
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    assert part.chunks is not None
     assert part.layout is not None
     assert part.addresses is not None
     n = len(part.parameters)
@@ -507,21 +471,28 @@ def _update_part(part: _Part, group: dict[str, Any], norm: Tensor, max_norm: flo
         BLOCK=_FACTOR_BLOCK,
         num_warps=4,
     )
-    tables = (part.chunks, part.layout[0], part.layout[1], part.addresses[0], part.addresses[1])
-    numbers = (1.0 - lr * weight_decay, 1.0 - beta1, float(beta2), 1.0 - beta2, float(eps))
-    constants = {
-        "GRADIENT": _triton_dtype(part.gradient_dtype),
-        "DIVISOR": part.divisor,
-        "CHUNK": CHUNK,
-        "BLOCK": QUANTISATION_BLOCK,
-        "num_warps": _NUM_WARPS,
-    }
-    state = (part.m, part.v, part.factors, part.control)
-    if part.m_absmax is None or part.v_absmax is None:
-        launch(_update_kernel, (part.num_chunks,), *tables, *state, *numbers, **constants)
-    else:
-        scales = (part.m_absmax, part.v_absmax, *_code_and_borders(part.m.device))
-        launch(_update8_kernel, (part.num_chunks,), *tables, *state, *scales, *numbers, **constants)
+    eight_bit = (None,) * 4 if part.bits == 32 else (part.m_absmax, part.v_absmax, *_code_and_borders(part.m.device))
+    launch(
+        _update_kernel,
+        (part.num_chunks,),
+        *part.layout,
+        *part.addresses,
+        part.m,
+        part.v,
+        part.factors,
+        part.control,
+        *eight_bit,
+        1.0 - lr * weight_decay,
+        1.0 - beta1,
+        float(beta2),
+        1.0 - beta2,
+        float(eps),
+        GRADIENT=_triton_dtype(part.gradient_dtype),
+        DIVISOR=part.divisor,
+        CHUNK=CHUNK,
+        BLOCK=QUANTISATION_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
 
 
 def _update_part_reference(part: _Part, group: dict[str, Any], norm: Tensor, max_norm: float | None) -> None:
@@ -688,7 +659,8 @@ class AdamW(torch.optim.Optimizer):
         buffer.zero_()
         parameters = [p for group in self.param_groups for p in group["params"]]
         for p, view in zip(parameters, views, strict=False):
-            p.grad = view
+            if p.grad is not view:
+                p.grad = view
         for p in parameters[len(views) :]:  # of a group that was added later
             p.grad = None
 
@@ -734,6 +706,7 @@ class AdamW(torch.optim.Optimizer):
                     for name, view in views.items():
                         view.copy_(torch.as_tensor(found[name]))
                     self.state[p] = views
+                    part.unseen.discard(index)
                 parts.append(part)
             self._parts.append(parts)
 
@@ -743,20 +716,12 @@ class AdamW(torch.optim.Optimizer):
         found = []
         for group, parts in zip(self.param_groups, self._parts, strict=True):
             for part in parts:
-                part.gradients = [p.grad for p in part.parameters]
-                present = [(i, g) for i, g in enumerate(part.gradients) if g is not None]
-                if not present:
+                if not part.take_gradients():
                     continue
-                dtypes = {g.dtype for _, g in present}
-                part.gradient_dtype = dtypes.pop() if len(dtypes) == 1 else part.parameters[0].dtype
-                for index, g in present:
-                    if g.layout != torch.strided or g.dtype not in _GRADIENT_DTYPES:
-                        raise ValueError(f"a gradient is {g.dtype}, {g.layout}; expected dense floating point")
-                    # Mixed dtypes, or another order of the dimensions than the parameter's: a copy for this step.
-                    part.gradients[index] = g.to(part.gradient_dtype).contiguous()
-                    p = part.parameters[index]
-                    if not self.state.get(p):
-                        self.state[p] = part.state_of(index)
+                for index in sorted(part.unseen):
+                    if part.gradients[index] is not None:
+                        self.state[part.parameters[index]] = part.state_of(index)
+                        part.unseen.discard(index)
                 if runs_kernels(part.parameters[0]):
                     part.upload_tables()
                 found.append((group, part))

@@ -9,7 +9,10 @@ floating-point operations over its matmul rate, both measured at the start, divi
 
 Providers: "graft" and "graft: ..." are this package; "eager" is the same in plain PyTorch, as transformers and PEFT
 write it; "torch.compile" is that, compiled; the others are what is installed of Liger, bitsandbytes and Unsloth. A
-provider that fails is reported and left out.
+provider that fails gets a line that says how.
+
+The op "lora_overhead" says what adapters add to a linear layer: the time of the kernel beside it and of its product,
+with adapters less without, in percent of the product alone. All that adapters need is counted, but dA and dB.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import csv
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +45,18 @@ PEERS = ("liger-kernel", "bitsandbytes", "unsloth", "flash-attn")
 SUMMARY = "Times the ops of graft_kernels beside plain PyTorch, torch.compile and the peers that are installed."
 COLUMNS = (
     *("card", "driver", "torch", "triton", "peers", "commit"),
-    *("op", "shape", "dtype", "direction", "provider", "ms", "p20", "p80", "roofline"),
+    *("op", "shape", "dtype", "direction", "provider", "ms", "p20", "p80", "roofline", "overhead", "note"),
 )
+BASE = "base product"  # what overheads are a part of
+CACHE_BYTES = 2**28  # several times any L2 cache
 
 Call = Callable[[], object]
-Provider = Callable[[], Call]  # makes what is to be timed; may raise ImportError
+Provider = Callable[[], Call]  # makes what is to be timed; may raise NotInstalled
 Function = Callable[..., Any]
+
+
+class NotInstalled(Exception):
+    """A peer is not there: no failure."""
 
 
 class Case(NamedTuple):
@@ -58,6 +68,7 @@ class Case(NamedTuple):
     providers: dict[str, Provider]
     nbytes: int = 0  # that have to be moved
     flops: int = 0  # that have to be done
+    overhead: dict[str, str] | None = None  # of which provider over which, in parts of BASE; they are timed in turns
 
 
 class Options(NamedTuple):
@@ -73,8 +84,10 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
 
 def peer(module: str, name: str) -> Any:
     """A name of a package that need not be installed. By string, because this package depends on none of them."""
-    if module.startswith("unsloth"):
-        importlib.import_module("unsloth")
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise NotInstalled(package)
+    importlib.import_module(package)  # Unsloth's modules want it whole before any of them
     return getattr(importlib.import_module(module), name)
 
 
@@ -234,6 +247,36 @@ def rope(tokens: int, options: Options) -> Iterator[Case]:
         yield Case("rope", shape, direction, ours | others, 2 * size)
 
 
+def eager_rope_qkv(qkv_s: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The adapters' update added, q and k rotated."""
+    rank, width = b.shape
+    y = qkv_s[:, :width] + qkv_s[:, width : width + rank] @ b
+    q, k, v = (part.unflatten(1, (-1, D)) for part in y.split([HEADS * D, KEY_HEADS * D, KEY_HEADS * D], dim=1))
+    return *eager_rope(q, k, cos, sin), v
+
+
+def rope_qkv(tokens: int, options: Options) -> Iterator[Case]:
+    """The rotation of q and k in rows [q | k | v | S], with the adapters' update of all three."""
+    from graft_kernels.rope import rope_table
+    from graft_kernels.rope_qkv import rope_qkv_backward, rope_qkv_forward_
+
+    sizes, ranks = (HEADS * D, KEY_HEADS * D, KEY_HEADS * D), (RANK, RANK, RANK)
+    b = torch.block_diag(*(draw(RANK, size) * 0.02 for size in sizes))
+    width, p = sum(sizes), 64 * -(-sum(ranks) // 64)
+    qkv_s = draw(tokens, width + p)
+    positions = torch.arange(tokens, device=DEVICE, dtype=torch.int32)
+    table = rope_table(D, tokens, theta=500000.0, device=DEVICE)
+    cos, sin = (torch.cat((x, x), dim=-1)[:, None].to(DTYPE) for x in table)
+    forward, backward = others_of(eager_rope_qkv, (qkv_s.clone().requires_grad_(), b, cos, sin), options)
+    # In place, again and again: the rotation keeps the numbers' size, the small update hardly adds to it.
+    ours = timed(rope_qkv_forward_, qkv_s, HEADS, KEY_HEADS, D, *table, positions, b=b * 1e-3, ranks=ranks)
+    shape, nbytes = f"{tokens}x({HEADS}+2*{KEY_HEADS})x{D} rank {RANK}", 2 * tokens * (width + p // 2) * DTYPE.itemsize
+    yield Case("rope_qkv", shape, "forward", {"graft": ours} | forward, nbytes)
+    gradients = (draw(tokens, heads, D) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    ours = timed(rope_qkv_backward, *gradients, *table, positions, b=b, ranks=ranks, p=p)
+    yield Case("rope_qkv", shape, "backward", {"graft": ours} | backward, nbytes)
+
+
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """All logits at a time, in fp32."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
@@ -343,13 +386,13 @@ def nf4(tokens: int, options: Options) -> Iterator[Case]:
         weight, out, dense = random_nf4(n, k), draw(n, k), draw(n, k)
 
         def of_bitsandbytes(dense: Tensor = dense, out: Tensor = out) -> Call:
-            functional = importlib.import_module("bitsandbytes.functional")
-            packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-            return partial(functional.dequantize_4bit, packed, state, out=out)
+            quantize = peer("bitsandbytes.functional", "quantize_4bit")
+            packed, state = quantize(dense, quant_type="nf4", compress_statistics=True)
+            return partial(peer("bitsandbytes.functional", "dequantize_4bit"), packed, state, out=out)
 
         def of_unsloth(dense: Tensor = dense) -> Call:
-            functional = importlib.import_module("bitsandbytes.functional")
-            packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            quantize = peer("bitsandbytes.functional", "quantize_4bit")
+            packed, state = quantize(dense, quant_type="nf4", compress_statistics=True)
             return partial(peer("unsloth.kernels.utils", "fast_dequantize"), packed, state)
 
         providers: dict[str, Provider] = {
@@ -424,7 +467,7 @@ def fused_linear(tokens: int, options: Options) -> Iterator[Case]:
 
 def lora_blocks(tokens: int, options: Options) -> Iterator[Case]:
     """A layer's MLP block with its norm: decoding, three linear layers with adapters, SwiGLU."""
-    from graft_kernels.lora_blocks import Lora, Norm, mlp_backward, mlp_forward
+    from graft_kernels.lora_blocks import Gradients, Lora, Norm, mlp_backward, mlp_forward
     from graft_kernels.lora_linear import Linear, weight_columns
 
     sizes = ((I, H), (I, H), (H, I))
@@ -442,7 +485,8 @@ def lora_blocks(tokens: int, options: Options) -> Iterator[Case]:
 
     def backward() -> Call:
         _, state = forward()
-        return lambda: mlp_backward(dout, None, state, norm, gate_up, down, lora, *decoded())
+        into = Gradients.empty(gate_up), Gradients.empty([down])
+        return lambda: mlp_backward(dout, None, state, norm, gate_up, down, lora, *decoded(), into)
 
     def eager(x: Tensor, *ab: Tensor) -> Tensor:
         y = eager_rms_norm(x, norm.weight)
@@ -455,6 +499,168 @@ def lora_blocks(tokens: int, options: Options) -> Iterator[Case]:
     yield Case("lora_blocks", shape, "forward", providers, flops=flops)
     providers = {"graft": backward, "eager": backward_of(lambda: eager, *inputs)}
     yield Case("lora_blocks", shape, "backward", providers, flops=flops)
+
+
+def lora_overhead(tokens: int, options: Options) -> Iterator[Case]:
+    """What the adapters cost the four products of a layer, as `lora_blocks` takes them."""
+    for layer in (_qkv_overhead, _o_overhead, _gate_up_overhead, _down_overhead):
+        yield from layer(tokens)
+
+
+def _qkv_overhead(tokens: int) -> Iterator[Case]:
+    from graft_kernels import lora_blocks as blocks
+    from graft_kernels.lora_linear import weight_rows
+    from graft_kernels.rope import rope_table
+
+    lora, norm, heads = blocks.Lora(2.0), blocks.Norm(draw(H), EPS), blocks.Heads(HEADS, KEY_HEADS, D)
+    table = rope_table(D, tokens, theta=500000.0, device=DEVICE)
+    positions = blocks.Positions(*table, torch.arange(tokens, device=DEVICE, dtype=torch.int32))
+    x, residual, dz, rho = draw(tokens, H), draw(tokens, H), draw(tokens, H), torch.rand(tokens, device=DEVICE)
+    dq, dk, dv = (draw(tokens, count, D) for count in (HEADS, KEY_HEADS, KEY_HEADS))
+
+    def forward(linears: list[Any]) -> Call:
+        rows = weight_rows(linears, lora.scale, DTYPE)
+        return lambda: blocks.qkv_forward(x, residual, norm, linears, lora, rows, heads, positions)
+
+    def backward(linears: list[Any]) -> Call:
+        rows, nowhere = weight_rows(linears, lora.scale, DTYPE), blocks.Gradients(None, (None,) * 3)
+        state, qkv = blocks.NormLinearsState(x, rho, None), draw(1, 1)  # q and k are read only where they are normed
+        return lambda: blocks.qkv_backward(
+            dq, dk, dv, dz, qkv, state, norm, linears, lora, rows, heads, positions, nowhere
+        )
+
+    sizes = [(heads.q * D, H), (heads.kv * D, H), (heads.kv * D, H)]
+    yield from _overhead_cases("q,k,v", tokens, sizes, forward, backward)
+
+
+def _o_overhead(tokens: int) -> Iterator[Case]:
+    from graft_kernels.lora_blocks import Gradients, Lora, o_backward, o_forward
+    from graft_kernels.lora_linear import weight_rows
+    from graft_kernels.rms_norm import rms_norm_backward, rms_norm_forward
+
+    lora, weight = Lora(2.0), draw(H)
+    attention, residual, z, dy = (draw(tokens, size) for size in (HEADS * D, H, H, H))
+    # The norm beside has the adapters of gate and up to think of as well, with and without those of o.
+    next_a, next_ds, rho = draw(2 * RANK, H) * 0.02, draw(tokens, 64), torch.rand(tokens, device=DEVICE)
+    y = torch.empty(tokens, H + 64, dtype=DTYPE, device=DEVICE)
+
+    def forward(linears: list[Any]) -> Call:
+        rows = weight_rows(linears, lora.scale, DTYPE)
+
+        def call() -> object:
+            x, pending, _ = o_forward(attention, linears[0], lora, rows)
+            return rms_norm_forward(x, weight, EPS, residual=residual, pending=pending, out=y, lora_a=next_a)
+
+        return call
+
+    def backward(linears: list[Any]) -> Call:
+        rows, nowhere = weight_rows(linears, lora.scale, DTYPE), Gradients(None, (None,))
+        dx = torch.empty(tokens, rows.weight.shape[0], dtype=DTYPE, device=DEVICE)
+        lora_b = rows.b if rows.rank else None
+
+        def call() -> object:
+            rms_norm_backward(
+                dy, z, weight, rho, dresidual=residual, deferred=(next_ds, next_a), lora_b=lora_b, out=dx
+            )  # fmt: skip
+            return o_backward(dx, attention, None, linears[0], lora, rows, nowhere)
+
+        return call
+
+    yield from _overhead_cases("o", tokens, [(H, HEADS * D)], forward, backward)
+
+
+def _gate_up_overhead(tokens: int) -> Iterator[Case]:
+    from graft_kernels import lora_blocks as blocks
+    from graft_kernels.lora_linear import weight_columns
+
+    lora, norm, rho = blocks.Lora(2.0), blocks.Norm(draw(H), EPS), torch.rand(tokens, device=DEVICE)
+    x, residual, dz, dy = (draw(tokens, size) for size in (H, H, H, 2 * I))
+
+    def forward(linears: list[Any]) -> Call:
+        columns = weight_columns(linears, lora.scale, DTYPE)
+        return lambda: blocks.norm_linears_forward(x, residual, norm, linears, lora, columns)
+
+    def backward(linears: list[Any]) -> Call:
+        columns, nowhere = weight_columns(linears, lora.scale, DTYPE), blocks.Gradients(None, (None, None))
+        state = blocks.NormLinearsState(x, rho, None)
+        return lambda: blocks.norm_linears_backward(dy, dz, state, norm, linears, lora, columns, nowhere)
+
+    yield from _overhead_cases("gate,up", tokens, [(I, H), (I, H)], forward, backward)
+
+
+def _down_overhead(tokens: int) -> Iterator[Case]:
+    from graft_kernels.lora_blocks import Lora, down_backward, down_forward
+    from graft_kernels.lora_linear import weight_columns
+    from graft_kernels.swiglu import swiglu_backward
+
+    lora, gate_up, dout = Lora(2.0), draw(tokens, 2 * I), draw(tokens, H)
+    gate, up = gate_up[:, :I], gate_up[:, I:]
+    # As `gate_up_backward_` has it, but not in place: that would be other numbers every time.
+    into = torch.empty_like(gate_up)
+
+    def forward(linears: list[Any]) -> Call:
+        columns = weight_columns(linears, lora.scale, DTYPE)
+        return lambda: down_forward(gate_up, linears[0], lora, columns)
+
+    def backward(linears: list[Any]) -> Call:
+        columns = weight_columns(linears, lora.scale, DTYPE)
+
+        def call() -> object:
+            dh_ds = down_backward(dout, columns)
+            dh, deferred = dh_ds[:, :I], (dh_ds[:, I:], columns.a) if columns.rank else None
+            # h for dA, on both sides.
+            return swiglu_backward(dh, gate, up, deferred=deferred, dgate=into[:, :I], dup=into[:, I:], h=dh)
+
+        return call
+
+    yield from _overhead_cases("down", tokens, [(H, I)], forward, backward)
+
+
+def _overhead_cases(
+    name: str,
+    tokens: int,
+    sizes: Sequence[tuple[int, int]],
+    forward: Callable[[list[Any]], Call],
+    backward: Callable[[list[Any]], Call],
+) -> Iterator[Case]:
+    """Both directions of layers [n, k] with the same input: the product alone, `forward` and `backward` of layers with
+    and without adapters, and the peers' order: the product, then two skinny products per layer."""
+    from graft_kernels.lora_linear import Linear
+
+    n, k = sum(size for size, _ in sizes), sizes[0][1]
+    x, dy, weight = draw(tokens, k), draw(tokens, n), draw(n, k) * 0.02
+    parts = weight.split([size for size, _ in sizes])
+    bare = [Linear(part) for part in parts]
+    adapted = [Linear(part, draw(RANK, k) * 0.02, draw(len(part), RANK) * 0.02) for part in parts]
+
+    def peers_forward() -> Tensor:
+        y = F.linear(x, weight)
+        for y_part, linear in zip(y.split([len(part) for part in parts], dim=1), adapted, strict=True):
+            assert linear.lora_a is not None
+            assert linear.lora_b is not None
+            y_part.addmm_(x @ linear.lora_a.t(), linear.lora_b.t(), alpha=2.0)
+        return y
+
+    def peers_backward() -> Tensor:
+        dx = dy @ weight
+        for dy_part, linear in zip(dy.split([len(part) for part in parts], dim=1), adapted, strict=True):
+            assert linear.lora_a is not None
+            assert linear.lora_b is not None
+            dx.addmm_(dy_part @ linear.lora_b, linear.lora_a, alpha=2.0)
+        return dx
+
+    product = {"forward": timed(F.linear, x, weight), "backward dx": timed(torch.mm, dy, weight)}
+    eager = {"forward": peers_forward, "backward dx": peers_backward}
+    for direction, make in (("forward", forward), ("backward dx", backward)):
+        providers: dict[str, Provider] = {
+            BASE: product[direction],
+            "graft: no adapters": partial(make, bare),
+            "graft": partial(make, adapted),
+            "eager": timed(eager[direction]),
+        }
+        over = {"graft": "graft: no adapters", "eager": BASE}
+        shape = f"{name} {tokens}x{n}x{k} rank {RANK}"
+        yield Case("lora_overhead", shape, direction, providers, flops=2 * tokens * n * k, overhead=over)
 
 
 def dropout(tokens: int, options: Options) -> Iterator[Case]:
@@ -520,9 +726,11 @@ OPS: dict[str, Callable[[int, Options], Iterator[Case]]] = {
     "lora_linear": lora_linear,
     "fused_linear": fused_linear,
     "lora_blocks": lora_blocks,
+    "lora_overhead": lora_overhead,
     "rms_norm": rms_norm,
     "swiglu": swiglu,
     "rope": rope,
+    "rope_qkv": rope_qkv,
     "attention": attention,
     "cross_entropy": cross_entropy,
     "dropout": dropout,
@@ -553,6 +761,33 @@ def milliseconds(call: Call, quick: bool) -> tuple[float, float, float]:
 
     median, low, high = do_bench(call, warmup=10 if quick else 50, rep=30 if quick else 200, quantiles=[0.5, 0.2, 0.8])
     return median, low, high
+
+
+def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, float, float]]:
+    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
+    for call in (*calls.values(), *calls.values()):
+        call()
+    names, times = list(calls), {name: list[float]() for name in calls}
+    for turn in range(8 if quick else 25):
+        for _ in range(4 * len(names)):  # a millisecond or two, for the host to get ahead of the card
+            cache.zero_()
+        events = []
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cache.zero_()
+            start.record()
+            calls[name]()
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+        for name, start, end in events:
+            times[name].append(start.elapsed_time(end))
+    found = {}
+    for name, series in times.items():
+        series.sort()
+        found[name] = series[len(series) // 2], series[len(series) // 5], series[len(series) * 4 // 5]
+    return found
 
 
 def ceilings(quick: bool) -> tuple[float, float]:
@@ -588,34 +823,79 @@ def facts() -> dict[str, str]:
 
 
 def measure(case: Case, rates: tuple[float, float], quick: bool) -> Iterator[dict[str, Any]]:
-    """One row per provider that works; the others are said on stderr."""
-    for name, prepare in case.providers.items():
-        try:
-            median, low, high = milliseconds(prepare(), quick)
-        except ImportError:
-            continue
-        except Exception as error:
-            problem = str(error).strip().splitlines()[:1]
-            print(
-                f"{case.op} {case.shape} {case.direction}: {name} failed: {type(error).__name__} {problem}",
-                file=sys.stderr,
-            )
-            continue
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
-        least = max(case.nbytes / rates[0], case.flops / rates[1])
-        yield {
+    """One row per provider that is installed; one that fails has a note in place of its times."""
+    timed_ones = _one_by_one(case, quick) if case.overhead is None else _together(case, quick)
+    least = max(case.nbytes / rates[0], case.flops / rates[1])
+    medians: dict[str, float] = {}
+    for name, times in timed_ones:
+        row: dict[str, Any] = {
             "op": case.op,
             "shape": case.shape,
             "dtype": str(DTYPE).removeprefix("torch."),
             "direction": case.direction,
             "provider": name,
-            "ms": round(median, 5),
-            "p20": round(low, 5),
-            "p80": round(high, 5),
-            "roofline": round(least / median, 4),
         }
+        if isinstance(times, str):
+            yield row | {"note": times}
+            continue
+        medians[name] = times[0]
+        row |= {key: round(value, 5) for key, value in zip(("ms", "p20", "p80"), times, strict=True)}
+        row["roofline"] = round(least / times[0], 4)
+        over = (case.overhead or {}).get(name)
+        if over in medians and BASE in medians:
+            row["overhead"] = round((medians[name] - medians[over]) / medians[BASE], 4)
+        yield row
+
+
+Times = tuple[float, float, float] | str  # or how it failed
+
+
+def _one_by_one(case: Case, quick: bool) -> Iterator[tuple[str, Times]]:
+    for name, prepare in case.providers.items():
+        try:
+            times: Times = milliseconds(prepare(), quick)
+        except NotInstalled:
+            continue
+        except Exception as error:  # a peer's mistake, or ours, must not cost the others their figures
+            times = _failure(error)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        yield name, times
+
+
+def _together(case: Case, quick: bool) -> list[tuple[str, Times]]:
+    calls: dict[str, Call] = {}
+    found: dict[str, Times] = {}
+    for name, prepare in case.providers.items():
+        try:
+            call = prepare()
+            call()
+        except NotInstalled:
+            continue
+        except Exception as error:
+            found[name] = _failure(error)
+        else:
+            calls[name] = call
+    found |= in_turns(calls, quick)
+    calls.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [(name, found[name]) for name in case.providers if name in found]
+
+
+def _failure(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}" + (f": {said[0]}" if said else "")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    if "note" in row:
+        return f"    {row['provider']:32s} {row['note']}"
+    spread = f"({row['p20']:.4f} to {row['p80']:.4f})"
+    text = f"    {row['provider']:32s} {row['ms']:10.4f} ms {spread:22s} {row['roofline']:7.1%}"
+    return text + (f"  adds {row['overhead']:+.1%}" if "overhead" in row else "")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -655,12 +935,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{case.op} {case.shape} {case.direction}")
                     ours = False
                     for row in measure(case, rates, parsed.quick):
-                        ours |= row["provider"].startswith("graft")
-                        spread = f"({row['p20']:.4f} to {row['p80']:.4f})"
-                        print(
-                            f"    {row['provider']:32s} {row['ms']:10.4f} ms {spread:22s} {row['roofline']:7.1%}",
-                            flush=True,
-                        )
+                        ours |= row["provider"].startswith("graft") and "note" not in row
+                        print(line(row), flush=True)
                         if writer is not None:
                             writer.writerow(known | row)
                     if not ours:

@@ -1,10 +1,10 @@
-# make demo · make test · make check · make serve      (each makes .venv first if it is missing)
+# make demo · make test · make check · make bench · make serve      (each makes .venv first if it is missing)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check format serve clean
+.PHONY: help .venv demo test check bench format serve clean
 
 help:  ## this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
+	$(BIN)/python -m graft_kernels.bench
+	$(BIN)/python benchmarks/train.py
 
 format: .venv/installed  ## put the code into shape
 	$(BIN)/ruff format .

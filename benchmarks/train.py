@@ -260,7 +260,7 @@ def _graft(folder: Path) -> MakeCase:
     def make_case(batch: int, sequence: int, cap: int | None) -> tuple[Step, dict[str, Any]]:
         device = cap or allocator_budget(torch.cuda.get_device_properties(0).total_memory)
         work = Work(step_tokens=batch * sequence, longest_document=sequence)
-        budget = Budget(device=device, host=64 << 30, embedding_on_host=False)
+        budget = Budget(device=device, host=64 << 30)
         try:
             plan = plan_for(recipe, shape, work, budget, card=card)
         except PlanRefused as refused:

@@ -312,11 +312,13 @@ def linear_cross_entropy_forward(
     chunk_rows: int | None = None,
     num_valid: int | None = None,
     gradient: bool = True,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(sum of the losses, hits, valid labels, dh [T, H] of that sum or None), all on the device, none normalised.
 
     With `num_valid`, a bound from the host on the number of valid labels, the valid rows are brought together first and
-    only they are computed; without it every row is. A bound that was too low makes the loss NaN.
+    only they are computed; without it every row is. A bound that was too low makes the loss NaN. `workspace` is flat
+    memory in the hidden states' dtype that holds the logits if a chunk of them fits.
     """
     T, H = hidden_TH.shape
     V = weight_VH.shape[0]
@@ -335,7 +337,11 @@ def linear_cross_entropy_forward(
     chunk = min(default_chunk_rows(rows, V, dtype.itemsize) if chunk_rows is None else chunk_rows, rows)
     loss_T = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     correct_T = torch.empty(rows, dtype=torch.int32, device=device)
-    buffer_CV = torch.empty(chunk, cdiv(V, _ALIGNMENT) * _ALIGNMENT, dtype=dtype, device=device)[:, :V]
+    shape = (chunk, cdiv(V, _ALIGNMENT) * _ALIGNMENT)
+    if workspace is not None and workspace.numel() >= shape[0] * shape[1]:
+        buffer_CV = workspace[: shape[0] * shape[1]].view(shape)[:, :V]
+    else:
+        buffer_CV = torch.empty(shape, dtype=dtype, device=device)[:, :V]
     grad_TH = None
     if gradient:
         grad_TH = torch.empty(T, H, dtype=dtype, device=device) if order is None else hidden_TH.new_zeros(T, H)

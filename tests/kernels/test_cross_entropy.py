@@ -452,6 +452,14 @@ def test_rows_may_be_slices_of_wider_ones() -> None:
     assert torch.equal(wide[:, 40:], untouched[:, 40:])
 
 
+@pytest.mark.parametrize("size", [10, 3 * 128, 1000], ids=["too small", "just enough", "ample"])
+def test_logits_in_borrowed_memory_are_the_same_logits(size: int) -> None:
+    hidden, weight, labels = operands((7,), 8, 100)
+    expected = linear_cross_entropy_forward(hidden, weight, labels, chunk_rows=3)
+    found = linear_cross_entropy_forward(hidden, weight, labels, chunk_rows=3, workspace=torch.full((size,), torch.nan))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_second_derivative_is_refused() -> None:
     hidden, weight, labels = operands((4,), 8, 16)
     (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).loss ** 2, hidden, create_graph=True)

@@ -180,7 +180,12 @@ def test_no_plan_changes_a_bit(family: str, dropout: float, device: str) -> None
     for name, plan in PLANS.items():
         for resident in (0, 2):
             # On a card a shape is run, then recorded, then replayed, where nothing is offloaded or dropped.
-            decoder.follow([plan(index) for index in range(3)], resident_layers=resident, graph_tokens=64)
+            decoder.follow(
+                [plan(index) for index in range(3)],
+                resident_layers=resident,
+                graph_tokens=64,
+                embedding_on_host=resident > 0 and decoder.embedding.weight is not decoder.head,
+            )
             for _ in range(3 if device == "cuda" else 1):
                 found = run()
                 assert all(map(torch.equal, found[0], expected[0])), name
@@ -226,13 +231,14 @@ def test_the_planner_counts_what_the_decoder_holds(
     decoder = Decoder(model, max_positions=64)
     decoder.attach_gradients()
     layers: list[dict[str, Any]] = []
-    put_away = decoder._put_away
+    forward = decoder._forward
 
-    def look(layer: Any, kept: Any) -> Any:
+    def look(*arguments: Any, **options: Any) -> Any:
+        kept = forward(*arguments, **options)
         layers.append({name: getattr(kept, name) for name in kept.__slots__})
-        return put_away(layer, kept)
+        return kept
 
-    monkeypatch.setattr(decoder, "_put_away", look)
+    monkeypatch.setattr(decoder, "_forward", look)
     batch = pad(make_rows([24, 17, 9]), 4, 0)
     decoder.accumulate(batch, 11.0)
     shape = ModelShape.from_config(model.config.to_dict())

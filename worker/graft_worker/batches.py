@@ -187,6 +187,7 @@ class MicroBatch:
     max_seqlen: int | None  # the longest of those documents
     num_trained: int  # labels that are not -100
     num_tokens: int  # without padding
+    host_ids: Tensor | None = None  # input_ids where they came from, for an embedding that lies on the host
 
     @property
     def head_rows(self) -> int:
@@ -217,6 +218,7 @@ class MicroBatch:
             max_seqlen=self.max_seqlen,
             num_trained=self.num_trained,
             num_tokens=self.num_tokens,
+            host_ids=self.input_ids if self.input_ids.device.type == "cpu" else self.host_ids,
         )
 
 

@@ -76,6 +76,8 @@ LayerPlan = Mapping[str, Action]
 TENSORS = ("x", "qkv", "attention", "attention_out", "residual", "gate_up", "mlp_out")
 KEEP_ALL: LayerPlan = dict.fromkeys(TENSORS, "keep")
 
+_KEEP_NOTHING: LayerPlan = dict.fromkeys(TENSORS, "recompute")
+
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -147,6 +149,21 @@ class _Kept:
     residual: Tensor | None = None
     gate_up: Tensor | None = None
     mlp_out: Tensor | None = None
+
+
+class _Flow:
+    """Δ and z on their way from layer to layer. Who takes them holds them alone, and can let go of them."""
+
+    def __init__(self, delta: Tensor) -> None:
+        self._parts: list[tuple[Tensor, Tensor | None]] = [(delta, None)]
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """(Δ, z), z None in front of the first layer."""
+        return self._parts.pop()
+
+    def put(self, delta: Tensor, stream: Tensor) -> None:
+        """What the next layer takes."""
+        self._parts.append((delta, stream))
 
 
 class _Step(NamedTuple):
@@ -282,7 +299,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, *, max_positions: int, deterministic: bool = True) -> None:
         self.layers = read_layers(model, max_positions)
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
         self.head: Tensor = model.get_output_embeddings().weight
         self.norm = _norm(model.model.norm)
         self.dtype: torch.dtype = self.norm.weight.dtype
@@ -303,19 +320,31 @@ class Decoder:
 
     # Before the first step
 
-    def follow(self, plans: Sequence[LayerPlan], *, resident_layers: int = 0, graph_tokens: int = 0) -> None:
+    def follow(
+        self,
+        plans: Sequence[LayerPlan],
+        *,
+        resident_layers: int = 0,
+        graph_tokens: int = 0,
+        embedding_on_host: bool = False,
+    ) -> None:
         """Keep, offload and recompute as `plans` say, one for each layer; the decoded weights of the first layers stay.
 
-        On a card, micro-batches of up to `graph_tokens` tokens are replayed as CUDA graphs (`graphs.py`).
+        On a card, micro-batches of up to `graph_tokens` tokens are replayed as CUDA graphs (`graphs.py`). An embedding
+        on the host is put back by `close`.
 
         Raises:
-            ValueError: another number of layers, or x is to be recomputed.
+            ValueError: another number of layers, x is to be recomputed, or an embedding that is the head as well is
+                wanted on the host.
         """
         if len(plans) != len(self.layers):
             raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
         for plan in plans:
             if plan.get("x") == "recompute":
                 raise ValueError("x is what everything else is rebuilt from; it can be kept or offloaded")
+        if embedding_on_host and self.embedding.weight is self.head:
+            raise ValueError("the embedding is tied to the head, which stays on the device")
+        self._place_embedding(torch.device("cpu") if embedding_on_host else self.device)
         self._plans = list(plans)
         self._holds.clear()
         # A graph knows no new seed, and what goes to the host goes with tensors that are long.
@@ -329,6 +358,16 @@ class Decoder:
         for layer in self.layers[:resident_layers]:
             for projection in layer.projections:
                 projection.resident = self._decoded(layer, projection, None).weight
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        self._graphs = None
+        self._place_embedding(self.device)
+
+    def _place_embedding(self, device: torch.device) -> None:
+        weight = self.embedding.weight
+        if weight.device != device:
+            self.embedding.weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
 
     def attach_gradients(self) -> None:
         """Give every A and B of the adapter a `.grad` that the micro-batches are summed into, all in one buffer.
@@ -366,24 +405,20 @@ class Decoder:
         `batch` is on the decoder's device. Draws one number from torch's CPU generator if there is dropout.
         """
         self._factor.fill_(1.0 / normaliser)
-        return self._run(batch) if self._graphs is None else self._graphs(batch)
+        with torch.no_grad():
+            x = self._embed(batch)
+            return self._run(batch, x) if self._graphs is None else self._graphs(batch, x)
 
-    @torch.no_grad()
-    def _run(self, batch: MicroBatch) -> Losses:
+    def _run(self, batch: MicroBatch, x: Tensor) -> Losses:
         step = _Step(batch, self.dropout, draw_seed(self.dropout))
         self._holds.clear()  # the adapter may have changed
-        kept: list[_Kept] = []
-        delta, stream = self._embed(batch.input_ids), None
-        for layer in self.layers:
-            delta, stream, made = self._forward(layer, delta, stream, step)
-            kept.append(self._put_away(layer, made))
-        hidden, z, rho = rms_norm_forward(
-            delta, self.norm.weight, self.norm.eps, gemma=self.norm.gemma, residual=stream
-        )
-        del delta, stream
+        flow = _Flow(x)
+        del x
+        kept = [self._forward(layer, flow, step, train=True) for layer in self.layers]
+        hidden, z, rho = self._last_norm(flow)
         loss, num_correct, _, dhidden = linear_cross_entropy_forward(
             hidden, self.head, batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
-            num_valid=batch.head_rows,
+            num_valid=batch.head_rows, workspace=self._idle(),
         )  # fmt: skip
         del hidden
         assert dhidden is not None
@@ -406,7 +441,7 @@ class Decoder:
         hidden = self._hidden(step)
         loss, num_correct, _, _ = linear_cross_entropy_forward(
             hidden, self.head, batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
-            num_valid=batch.head_rows, gradient=False,
+            num_valid=batch.head_rows, gradient=False, workspace=self._idle(),
         )  # fmt: skip
         return Losses(loss, num_correct)
 
@@ -418,39 +453,64 @@ class Decoder:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def _hidden(self, step: _Step) -> Tensor:
-        delta, stream = self._embed(step.batch.input_ids), None
+        flow = _Flow(self._embed(step.batch))
         for layer in self.layers:
-            delta, stream, _ = self._forward(layer, delta, stream, step)
-        return rms_norm_forward(delta, self.norm.weight, self.norm.eps, gemma=self.norm.gemma, residual=stream)[0]
+            self._forward(layer, flow, step, train=False)
+        return self._last_norm(flow)[0]
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        x: Tensor = self.embedding(input_ids)
-        return x
+    def _last_norm(self, flow: _Flow) -> tuple[Tensor, Tensor, Tensor]:
+        delta, stream = flow.take()
+        return rms_norm_forward(delta, self.norm.weight, self.norm.eps, gemma=self.norm.gemma, residual=stream)
+
+    def _embed(self, batch: MicroBatch) -> Tensor:
+        """[T, H]; gathered on the host where the embedding lies there."""
+        if self.embedding.weight.device == self.device:
+            on_device: Tensor = self.embedding(batch.input_ids)
+            return on_device
+        x: Tensor = self.embedding(batch.input_ids.cpu() if batch.host_ids is None else batch.host_ids)
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
+    def _idle(self) -> Tensor | None:
+        """Memory that nobody needs between the forward and the backward, for the head's logits."""
+        self._holds.pop("mlp", None)
+        return self._memory.get("mlp")
 
     # A layer, forward
 
-    def _forward(self, layer: Layer, delta: Tensor, stream: Tensor | None, step: _Step) -> tuple[Tensor, Tensor, _Kept]:
-        """(Δ, z₂, what it made)."""
+    def _forward(self, layer: Layer, flow: _Flow, step: _Step, *, train: bool) -> _Kept:
+        """Takes Δ and z from the flow and leaves those after the layer; what the backward needs is returned.
+
+        What the plan does not keep goes as soon as nobody here needs it any more.
+        """
         lora, positions = self._lora(layer, step), self._positions(layer, step)
+        plan: LayerPlan = self._plans[layer.index] if train else _KEEP_NOTHING
         qkv, state = qkv_forward(
-            delta, stream, layer.attention_norm, layer.qkv.linears, lora, self._operand(layer, layer.qkv),
+            *flow.take(), layer.attention_norm, layer.qkv.linears, lora, self._operand(layer, layer.qkv),
             layer.heads, positions,
         )  # fmt: skip
         kept = _Kept(x=state.z_TH, rho=state.rho_T, s_qkv=state.s_TR, qkv=qkv)
+        del qkv, state
         self._attend(layer, kept, positions, step)
+        self._put_away(layer, kept, plan, "qkv")
         delta, pending = self._project(layer, kept, lora)
-        gate_up, mlp = norm_linears_forward(
+        self._put_away(layer, kept, plan, "attention", "attention_out")
+        kept.gate_up, mlp = norm_linears_forward(
             delta, kept.x, layer.mlp_norm, layer.gate_up.linears, lora, self._columns(layer, layer.gate_up),
             pending=pending,
         )  # fmt: skip
-        kept.residual, kept.rho_mlp, kept.s_gate_up, kept.gate_up = mlp.z_TH, mlp.rho_T, mlp.s_TR, gate_up
+        del delta, pending
+        kept.residual, kept.rho_mlp, kept.s_gate_up = mlp.z_TH, mlp.rho_T, mlp.s_TR
+        self._put_away(layer, kept, plan, "x")
         delta, kept.s_down = down_forward(
-            gate_up, layer.down.linears[0], lora, self._columns(layer, layer.down), layer.activation
+            kept.gate_up, layer.down.linears[0], lora, self._columns(layer, layer.down), layer.activation
         )
+        self._put_away(layer, kept, plan, "residual", "gate_up")
         if layer.post_mlp_norm is not None:
             kept.mlp_out = delta
             delta, _, kept.rho_post_mlp = _normed(delta, layer.post_mlp_norm)
-        return delta, mlp.z_TH, kept
+            self._put_away(layer, kept, plan, "mlp_out")
+        flow.put(delta, mlp.z_TH)
+        return kept
 
     def _attend(self, layer: Layer, kept: _Kept, positions: Positions, step: _Step) -> None:
         """`attention` from `qkv`."""
@@ -581,10 +641,9 @@ class Decoder:
 
     # Memory
 
-    def _put_away(self, layer: Layer, kept: _Kept) -> _Kept:
+    def _put_away(self, layer: Layer, kept: _Kept, plan: LayerPlan, *names: str) -> None:
         """As the plan says: what is not kept is dropped, or sent to the host."""
-        plan = self._plans[layer.index]
-        for name in TENSORS:
+        for name in names:
             action, tensor = plan.get(name, "keep"), getattr(kept, name)
             if tensor is None or action == "keep":
                 continue
@@ -594,7 +653,6 @@ class Decoder:
             setattr(kept, name, None)
             if name == "attention":
                 kept.attention_rest = ()
-        return kept
 
     def _fetch(self, index: int) -> None:
         """Start bringing back what a layer sent to the host."""

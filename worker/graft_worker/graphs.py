@@ -34,30 +34,31 @@ class Losses(NamedTuple):
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     batch: MicroBatch
+    x: Tensor
     losses: Losses
 
 
 class Graphs:
-    """`run`, for micro-batches of up to `most_tokens`, with as little of the host as can be.
+    """`run` on a batch and its embedded tokens x [T, H], for up to `most_tokens`, with as little of the host as can be.
 
-    Everything that `run` reads besides the batch must stay where it is: weights, adapters, gradients.
+    Everything else that `run` reads must stay where it is: weights, adapters, gradients.
     """
 
-    def __init__(self, run: Callable[[MicroBatch], Losses], most_tokens: int) -> None:
+    def __init__(self, run: Callable[[MicroBatch, Tensor], Losses], most_tokens: int) -> None:
         self._run = run
         self._most_tokens = most_tokens
         self._recorded: OrderedDict[tuple[object, ...], _Recorded | None] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: MicroBatch) -> Losses:
+    def __call__(self, batch: MicroBatch, x: Tensor) -> Losses:
         if batch.labels.shape[0] > self._most_tokens:
-            return self._run(batch)
+            return self._run(batch, x)
         batch = _rounded(batch)
         key = (batch.shape, batch.max_seqlen, batch.head_rows, *(_size(part) for part in _tensors(batch)))
         if key not in self._recorded:
             self._recorded[key] = None
-            return self._run(batch)
-        recorded = self._recorded[key] or self._record(batch)
+            return self._run(batch, x)
+        recorded = self._recorded[key] or self._record(batch, x)
         self._recorded[key] = recorded
         self._recorded.move_to_end(key)
         while len(self._recorded) > _MOST_GRAPHS:
@@ -65,10 +66,11 @@ class Graphs:
         for source, target in zip(_tensors(batch), _tensors(recorded.batch), strict=True):
             if source is not None and target is not None:
                 target.copy_(source, non_blocking=True)
+        recorded.x.copy_(x)
         recorded.graph.replay()
         return Losses(*(part.clone() for part in recorded.losses))
 
-    def _record(self, batch: MicroBatch) -> _Recorded:
+    def _record(self, batch: MicroBatch, x: Tensor) -> _Recorded:
         own = replace(
             batch,
             input_ids=batch.input_ids.clone(),
@@ -76,10 +78,11 @@ class Graphs:
             positions=batch.positions.clone(),
             cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.clone(),
         )
+        own_x = x.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            losses = self._run(own)
-        return _Recorded(graph, own, losses)
+            losses = self._run(own, own_x)
+        return _Recorded(graph, own, own_x, losses)
 
 
 def _tensors(batch: MicroBatch) -> tuple[Tensor | None, ...]:

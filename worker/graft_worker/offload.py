@@ -15,7 +15,7 @@ from torch import Tensor
 
 Key = tuple[int, str]
 # How many tensors may be on their way out before the computation waits for the first: each holds memory on the device.
-_ON_THE_WAY = 6
+_ON_THE_WAY = 2
 
 
 class _Sent(NamedTuple):

@@ -70,7 +70,7 @@ def make_plan(base: BaseModel, recipe: Recipe, work: Work) -> Plan:
     shape = ModelShape.from_config(base.model.config.to_dict())
     free, _ = torch.cuda.mem_get_info(base.device)
     device = free + torch.cuda.memory_reserved(base.device) - _SPARE_BYTES
-    budget = Budget(device=device, host=_host_bytes() // 2, embedding_on_host=False)
+    budget = Budget(device=device, host=_host_bytes() // 2)
     try:
         return planner.plan_for(recipe, shape, work, budget, card=measured_card(base.device))
     except PlanRefused as refused:
@@ -81,7 +81,12 @@ def follow(decoder: Decoder, plan: Plan, recipe: Recipe) -> None:
     """Let the decoder do as the plan says."""
     decoder.head_chunk_rows = plan.head_chunk_rows
     layers = plan.layers if recipe.gradient_checkpointing else [KEEP_ALL] * len(plan.layers)
-    decoder.follow(layers, resident_layers=plan.resident_layers, graph_tokens=GRAPH_TOKENS)
+    decoder.follow(
+        layers,
+        resident_layers=plan.resident_layers,
+        graph_tokens=GRAPH_TOKENS,
+        embedding_on_host=plan.embedding == "host",
+    )
 
 
 def follow_without_plan(decoder: Decoder, recipe: Recipe) -> None:

@@ -363,7 +363,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
         )
     finally:
         lora.detach(model)
-        if isinstance(network, TransformersNetwork):
+        if network is not None:
             network.close()
 
 

@@ -16,7 +16,8 @@ What a card must hold:
                  residual 2H, gate_up 4I. Llama-3.1-8B: 8 + 12 + 8 + 8 + 56 = 92 KiB a token and layer (and 128 bytes)
     work         what one layer needs while it runs: normed inputs, h, gradients (`layer_moments`); and the buffers that
                  layers take turns to decode their weights into (`decode_bytes`)
-    head         a chunk of logits, 2·C·V, and what stands around it (`head_moment`)
+    head         the stream around it, and a chunk of logits, 2·C·V, unless that fits into the buffer where a layer
+                 decodes its MLP (`head_moments`)
 
 Each tensor of each layer is kept on the device, offloaded to pinned host memory, or recomputed. All are needed exactly
 once in the backward, so the costs of recomputing several of a layer add up: what one of them needs is either stored or
@@ -33,7 +34,9 @@ each kind as still fit. Such a greedy filling never gets worse with more room: i
 what lies behind it in the order loses fewer bytes than that item has, and each of those bytes saves less. It misses the
 optimum by less than the one item that just did not fit, and by about as much where the bound on the work is not tight.
 The offloaded sets, the chunk sizes, and which kinds are kept in one layer at least are enumerated independently of the
-budget, and the fastest that fits wins: so more memory never predicts a slower plan.
+budget, and the fastest that fits wins: so more memory never predicts a slower plan. A step takes the device's time or
+the host's for its launches, whichever is longer; the host's is the same for all that one set of offloaded tensors
+allows, and is nothing where CUDA graphs are replayed, so it does not change what was just said.
 """
 
 from __future__ import annotations
@@ -60,7 +63,11 @@ CONTEXT_BYTES = int(0.55 * GIB)
 # cuBLAS and cuBLASLt take 32 MiB each on Hopper, from the allocator.
 LIBRARY_BYTES = 64 * MIB
 # Of the tensors on their way to the host, so many are still on the device (`graft_worker.offload`).
-ON_THE_WAY = 6
+ON_THE_WAY = 2
+# The order in which a layer's forward lets go of its tensors (`graft_worker.decoder`).
+PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "mlp_out")
+# Micro-batches of up to so many tokens are replayed as CUDA graphs (`graft_worker.graphs`).
+GRAPH_TOKENS = 4096
 # Rows of an NF4 head that are decoded at a time.
 HEAD_SLAB_ROWS = 16_384
 # The columns that an adapter adds to a product come in this unit: rows then start at multiples of 128 bytes.
@@ -70,8 +77,9 @@ CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128)
 TOKEN_UNIT = 256
 # Attention's cost beyond this many tokens in a row has not been measured, and offsets would leave 32 bits.
 MOST_TOKENS = 65_536
-# Of the time under which a copy could hide: stalls at both ends, and copies that wait for a buffer.
-LINK_SHARE = 0.9
+# Of the compute under which a copy could hide. With all tensors offloaded, 8x2048 of Llama-3.1-8B took 1.89 s on an
+# H100, which 1 would predict; less, for hosts whose links are less even.
+LINK_SHARE = 0.95
 # AdamW over hundreds of small tensors reaches this share of the copy rate (27.4 % for both kinds of state on an H100).
 OPTIMIZER_SHARE = 0.274
 
@@ -369,12 +377,15 @@ class Card:
     """The rates of one card, measured: FLOP/s, bytes/s, seconds.
 
     `gemm` holds (tokens, FLOP/s) points in rising order, between which the rate is interpolated over the logarithm of
-    the tokens; beyond them it is that of the nearest. `copy` counts bytes read plus bytes written on the device.
-    `launch` is what every kernel costs beyond its bytes or FLOPs.
+    the tokens; beyond them it is that of the nearest. They are those of products within a step; `product` is that of a
+    large one alone, which a card can be asked for quickly. `copy` counts bytes read plus written on the device.
+    `launch` is what every kernel costs on the device beyond its bytes or FLOPs, `host_launch` what the host takes to
+    launch it, beside the device and in vain only where the device would be done before.
     """
 
     name: str
     gemm: tuple[tuple[int, float], ...]
+    product: float
     copy: float
     to_host: float
     to_device: float
@@ -383,7 +394,8 @@ class Card:
     dense_backward: AttentionRate
     packed_forward: AttentionRate
     packed_backward: AttentionRate
-    launch: float = 5e-6
+    launch: float
+    host_launch: float
 
     def gemm_rate(self, tokens: int) -> float:
         points = self.gemm
@@ -393,8 +405,8 @@ class Card:
         return points[0][1] if tokens <= points[0][0] else points[-1][1]
 
     def scaled(self, name: str, *, gemm: float, copy: float, link: float) -> Card:
-        """A card known by three rates alone: attention goes by the products, the rest stays as it is here."""
-        factor = gemm / self.gemm[-1][1]
+        """A card known by three rates alone, `gemm` that of a product: attention goes by it, the rest stays as here."""
+        factor = gemm / self.product
 
         def attention(rate: AttentionRate) -> AttentionRate:
             return AttentionRate(rate.flops * factor, rate.half_length)
@@ -403,6 +415,7 @@ class Card:
             self,
             name=name,
             gemm=tuple((tokens, rate * factor) for tokens, rate in self.gemm),
+            product=gemm,
             copy=copy,
             to_host=link,
             to_device=link,
@@ -415,16 +428,19 @@ class Card:
 
 # Measured on one H100 80GB HBM3, driver 580.159.04, torch 2.11.0+cu130; the single kernels are those of
 # benchmarks/results/2026-11-24-h100-kernels.txt.
-#   gemm               products over K + 64 columns at the shapes of an 8B model, 16,384 tokens, weighted by their size
+#   gemm               fitted to whole steps of the decoder (tests/api/test_planner.py has them), less everything below
+#   product            at the shapes of an 8B model over K + 64 columns, 16,384 tokens, weighted by their size
 #   copy, links        a device-to-device copy; pinned copies, each way alone
 #   dense attention    fitted to cuDNN, head size 128, 8x2048 and 1x16384: 512 and 595 TFLOP/s, backward 366 and 539
 #   packed attention   fitted to varlen with documents of 264 and 1,170 tokens: 113 and 240 TFLOP/s, backward
 #                      (deterministic) 75 and 154
-#   launch             what RMS norm and NF4 decoding take beyond their bytes
+#   launch             between two kernels of a replayed graph, about
+#   host_launch        a step of 1x2048 without a graph, 131.5 ms, over its 2,208 kernels: the host decides there
 # host_gather is an estimate: random rows of 8 KiB read and written by the CPU.
 H100 = Card(
     name="NVIDIA H100 80GB HBM3",
-    gemm=((16_384, 668e12),),
+    gemm=((512, 640e12), (2048, 705e12), (8192, 680e12), (16_384, 697e12)),
+    product=668e12,
     copy=3.0e12,
     to_host=55e9,
     to_device=55e9,
@@ -433,6 +449,8 @@ H100 = Card(
     dense_backward=AttentionRate(578e12, 1187.0),
     packed_forward=AttentionRate(357e12, 570.0),
     packed_backward=AttentionRate(220e12, 500.0),
+    launch=1.5e-6,
+    host_launch=60e-6,
 )
 
 
@@ -607,11 +625,10 @@ def weight_bytes(shape: ModelShape, quantization: Quantization, head: Head, embe
     else:
         linears = 2 * shape.linear_parameters
     table = shape.vocab * shape.hidden
-    shared = shape.tied and head == "bf16"
     return {
         "linear_weights": shape.layers * linears,
         "norms_and_biases": 2 * shape.small_parameters,
-        "embedding": 0 if shared or embedding == "host" else 2 * table,
+        "embedding": 0 if embedding == "host" or (shape.tied and head == "bf16") else 2 * table,
         "head": 2 * table if head == "bf16" else nf4_bytes(table),
     }
 
@@ -630,20 +647,29 @@ def adapter_bytes(shape: ModelShape, adapter: AdapterShape) -> dict[str, int]:
 class Moment:
     """A point in time of a micro-batch, and what is live then beside the static parts: name -> bytes.
 
-    `tensors` are those of the layer in hand that are live, whatever the plan does with them before and after.
+    `tensors` are those of the layer in hand that are in use, whatever the plan does with them before and after;
+    `put_away` those that its forward has already dropped or sent, where the plan does not keep them. `takes_stream`:
+    the residual of the layer before is in use as well.
     """
 
     name: str
     parts: Mapping[str, int]
     tensors: frozenset[str] = frozenset()
+    put_away: tuple[str, ...] = ()
+    takes_stream: bool = False
 
     @property
-    def is_forward(self) -> bool:
-        return self.name.startswith("forward")
+    def is_backward(self) -> bool:
+        return self.name.startswith("backward")
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+
+def replays(adapter: AdapterShape, tokens: int, offloaded: int) -> bool:
+    """Whether micro-batches are replayed as CUDA graphs, which know neither new seeds nor copies to the host."""
+    return tokens <= GRAPH_TOKENS and not adapter.dropout and offloaded == 0
 
 
 @lru_cache(maxsize=4096)
@@ -652,8 +678,8 @@ def layer_moments(
 ) -> tuple[Moment, ...]:
     """The moments of one layer, forward and backward, that can be the largest; `rebuilds`: it recomputes something.
 
-    "stream" counts [T, H] of the residual stream, of what a block adds to it, or of their gradients. The caller of a
-    layer holds one until the layer is done.
+    "stream" counts [T, H] of what a block adds to the residual stream, and of the stream's gradients. In the backward
+    the caller of a layer holds one of these until the layer is done.
     """
     T, H, Q = tokens, shape.hidden, shape.q_width
     p = {name: part.columns for name, part in products(shape, adapter).items()}
@@ -668,20 +694,25 @@ def layer_moments(
     # dq in fp32; packed rows have dk, dv for every query head before they are summed over the groups
     workspace = 4 * T * Q + (4 * T * Q if packed and shape.heads != shape.kv_heads else 0)
 
-    everything = frozenset(tensor_bytes(shape, adapter))
     attended = frozenset({"x", "qkv", "attention"})
-    mlp = everything - {"mlp_out"}
+    mlp = frozenset(tensor_bytes(shape, adapter)) - {"mlp_out"}
+    before_mlp, before_down = PUT_AWAY[:3], PUT_AWAY[:4]
     moments = [
-        Moment("forward, qkv", {"stream": stream, "normed": normed}, frozenset({"x", "qkv"})),
-        Moment("forward, attention", {"stream": stream, "rotated": rotated}, attended),
-        Moment("forward, gate and up", {"stream": stream + o_out, "normed": normed_mlp}, mlp),
-        Moment("forward, down", {"stream": 2 * stream + o_out, "h": h}, everything),
+        Moment("forward, qkv", {"stream": stream, "normed": normed}, frozenset({"x", "qkv"}), takes_stream=True),
+        Moment("forward, attention", {"rotated": rotated}, attended),
+        Moment(
+            "forward, gate and up",
+            {"stream": o_out, "normed": normed_mlp},
+            frozenset({"x", "residual", "gate_up"}),
+            before_mlp,
+        ),
+        Moment("forward, down", {"stream": stream, "h": h}, frozenset({"residual", "gate_up"}), before_down),
         Moment("backward, down", {"stream": stream + post, "h": h + dropped_h}, mlp),
         Moment("backward, gate and up", {"stream": stream + o_out, "normed": normed_mlp + dropped_y}, mlp),
         Moment(
             "backward, attention",
             {
-                "stream": stream + o_out,
+                "stream": stream + post + o_out,
                 "d_attention": 2 * T * (Q + (p["o"] if adapter.dropout else 0)),
                 "d_qkv": d_qkv,
                 "rotated": rotated,
@@ -691,7 +722,7 @@ def layer_moments(
         ),
         Moment(
             "backward, qkv",
-            {"stream": 2 * stream + o_out, "d_qkv": 2 * d_qkv + 2 * T * p["qkv"], "normed": normed + dropped_y},
+            {"stream": 2 * stream + post + o_out, "d_qkv": 2 * d_qkv + 2 * T * p["qkv"], "normed": normed + dropped_y},
             frozenset({"x", "qkv"}),
         ),
     ]
@@ -703,19 +734,26 @@ def layer_moments(
     return tuple(moments)
 
 
-def head_moment(shape: ModelShape, work: Work, tokens: int, chunk_rows: int, head: Head) -> Moment:
-    """The loss: the last layer's output, normed, its gradient, and one chunk of logits that becomes their gradient."""
+def head_moments(
+    shape: ModelShape, work: Work, tokens: int, chunk_rows: int, head: Head, idle_bytes: int
+) -> tuple[Moment, Moment]:
+    """The norm behind the last layer, and the loss: its output, its input, its gradient, and a chunk of logits.
+
+    The logits become their own gradient, and lie in the `idle_bytes` of a decode buffer where they fit.
+    """
+    stream = 2 * tokens * shape.hidden
     rows = min(chunk_rows, tokens)
+    logits = 2 * rows * _round_up(shape.vocab, 64)
     gathered = 2 * 2 * rows * shape.hidden if work.trained_share < 1 else 0  # a chunk's rows, and their gradient
     slab = 2 * min(HEAD_SLAB_ROWS, shape.vocab) * shape.hidden if head == "nf4" else 0
-    return Moment(
-        "head",
-        {
-            "stream": 3 * 2 * tokens * shape.hidden,
-            "logits": 2 * rows * _round_up(shape.vocab, 64) + gathered,
-            "decoded_head": slab,
-        },
-    )
+    loss = {"stream": 3 * stream, "logits": (0 if logits <= idle_bytes else logits) + gathered, "decoded_head": slab}
+    return Moment("last norm", {"stream": 3 * stream}, takes_stream=True), Moment("head", loss)
+
+
+def idle_bytes(shape: ModelShape, adapter: AdapterShape) -> int:
+    """The decode buffer of the MLP's weights, which nobody needs between the forward and the backward."""
+    found = products(shape, adapter)
+    return max(found["gate_up"].decoded_bytes, found["down"].decoded_bytes)
 
 
 def _walk(
@@ -723,51 +761,56 @@ def _walk(
     sizes: Mapping[str, int],
     small: int,
     moments: Mapping[bool, Sequence[Moment]],
-    head: Moment,
+    head: Sequence[Moment],
 ) -> tuple[str, dict[str, int]]:
     """The largest moment of a micro-batch, and what is live then.
 
     A kept tensor lives from its layer's forward to its layer's backward: while a layer runs, in either direction, those
-    of the layers below it are live, and its own whatever becomes of them. The stream that a layer gets is the residual
-    of the one before, which may be kept anyway. What was sent to the host stays for a while on the device (ON_THE_WAY);
-    in the backward, what the next layer down has there is already being fetched.
+    of the layers below it are live, and its own as long as they are in use. What was sent to the host stays for a while
+    on the device (ON_THE_WAY); in the backward, what the next layer down has there is already being fetched.
     """
     live = dict.fromkeys(sizes, 0)
-    sent: list[int] = []
+    sent: list[tuple[int, str]] = []
     best: tuple[int, str, dict[str, int]] = (-1, "", {})
 
-    def consider(moment: Moment, own: Mapping[str, int], copies: int, stream: int, num_layers: int) -> None:
+    def consider(moment: Moment, index: int, fetched: int) -> None:
+        """`index`: the layer in hand, or the number of layers."""
         nonlocal best
-        parts = {f"tensor {name}": live[name] + own.get(name, 0) for name in sizes}
-        parts |= {"offload_copies": copies, "norms_and_lora_inputs": num_layers * small, **moment.parts}
-        parts["stream"] += stream
+        layer = layers[index] if index < len(layers) else {}
+        own = {*moment.tensors, *(name for name in moment.put_away if layer.get(name) == "keep")}
+        parts = {f"tensor {name}": live[name] + (size if name in own else 0) for name, size in sizes.items()}
+        parts |= {"norms_and_lora_inputs": min(index + 1, len(layers)) * small, **moment.parts}
+        if moment.is_backward:
+            parts["offload_copies"] = fetched
+        else:
+            going = [*sent, *((index, name) for name in moment.put_away if layer.get(name) == "offload")][-ON_THE_WAY:]
+            parts["offload_copies"] = sum(sizes[name] for _, name in going)
+            if moment.takes_stream and index > 0 and layers[index - 1]["residual"] != "keep":
+                parts["stream"] += sizes["residual"] if (index - 1, "residual") not in going else 0
         if (total := sum(parts.values())) > best[0]:
             best = (total, moment.name, parts)
 
     for index, layer in enumerate(layers):
-        before = layers[index - 1] if index > 0 else None
-        fetched = 0 if before is None else sum(sizes[name] for name, action in before.items() if action == "offload")
-        stream = sizes["residual"] if before is not None and before["residual"] != "keep" else 0
+        before = layers[index - 1] if index > 0 else {}
+        fetched = sum(sizes[name] for name, action in before.items() if action == "offload")
         for moment in moments["recompute" in layer.values()]:
-            own = {name: sizes[name] for name in moment.tensors}
-            if moment.is_forward:
-                consider(moment, own, sum(sent[-ON_THE_WAY:]), stream, index + 1)
-            else:
-                consider(moment, own, fetched, 0, index + 1)
-        for name, action in layer.items():
-            if action == "keep":
+            consider(moment, index, fetched)
+        for name in PUT_AWAY:
+            if layer.get(name) == "keep":
                 live[name] += sizes[name]
-            elif action == "offload":
-                sent.append(sizes[name])
-    consider(head, {}, sum(sent[-ON_THE_WAY:]), 0, len(layers))
+            elif layer.get(name) == "offload":
+                sent.append((index, name))
+    for moment in head:
+        consider(moment, len(layers), 0)
     return best[1], best[2]
 
 
 # Time -------------------------------------------------------------------------------------------------------------
 
-# Launches of a layer: norms, RoPE, SwiGLU, attention, four products with the placing of their adapters, and backward
-# also two products for every adapter's gradients. Decoding is four more each way, for layers that are not resident.
-_FORWARD_LAUNCHES, _BACKWARD_LAUNCHES, _LAUNCHES_PER_ADAPTER = 16, 22, 2
+# Kernels of a layer both ways: norms, RoPE, SwiGLU, attention, the products, and what places an adapter beside them;
+# for every adapter two more for its gradients; and each way one for every matrix that is decoded. Together they are the
+# 69 a layer that a profile of Llama-3.1-8B counted, with adapters everywhere.
+_KERNELS, _KERNELS_PER_ADAPTER = 41, 2
 
 
 @dataclass(frozen=True)
@@ -844,13 +887,26 @@ class Times:
         read = (
             nf4_bytes(self.shape.linear_parameters) if self.quantization == "nf4" else 2 * self.shape.linear_parameters
         )
-        return (read + 2 * self.shape.linear_parameters) / self.card.copy + 4 * self.card.launch
+        return (read + 2 * self.shape.linear_parameters) / self.card.copy + len(self.shape.linears) * self.card.launch
+
+    @cached_property
+    def _kernels(self) -> int:
+        """Of one layer both ways; decoding and recomputing count their own."""
+        return _KERNELS + _KERNELS_PER_ADAPTER * len(self.adapter.linears(self.shape))
 
     @cached_property
     def launches(self) -> float:
-        """Of all layers, both ways; decoding and recomputing count their own."""
-        gradients = _LAUNCHES_PER_ADAPTER * len(self.adapter.linears(self.shape))
-        return self.shape.layers * (_FORWARD_LAUNCHES + _BACKWARD_LAUNCHES + gradients) * self.card.launch
+        """What the kernels of all layers cost the device."""
+        return self.shape.layers * self._kernels * self.card.launch
+
+    def host(self, offloaded: int) -> float:
+        """What launching everything takes the host; nothing where a graph is replayed, which cannot offload.
+
+        The same for all plans of a job, with decoding and without recomputing, which asks more of the device.
+        """
+        if replays(self.adapter, self.tokens, offloaded):
+            return 0.0
+        return self.shape.layers * (self._kernels + 2 * len(self.shape.linears)) * self.card.host_launch
 
     @cached_property
     def rebuild(self) -> dict[str, float]:
@@ -875,16 +931,16 @@ class Times:
         rows = self.work.head_rows(self.tokens)
         chunks = -(-rows // chunk_rows)
         table = shape.vocab * shape.hidden
-        one = max(2.0 * rows * table / card.gemm_rate(self.tokens), chunks * 2.0 * table / card.copy)
+        one = max(2.0 * rows * table / card.gemm_rate(min(rows, chunk_rows)), chunks * 2.0 * table / card.copy)
         decode = chunks * (nf4_bytes(table) + 2 * table) / card.copy if head == "nf4" else 0.0
         return 2 * (one + decode) + 3 * 2.0 * rows * shape.vocab / card.copy + chunks * 4 * card.launch
 
     def embedding(self, placement: Placement) -> float:
-        """Gathering T rows, on the device or on the host and over the link."""
+        """Gathering T rows, on the device, or on the host from where they go to pinned memory and over the link."""
         rows = 2.0 * self.tokens * self.shape.hidden
         if placement == "device":
             return 2 * rows / self.card.copy + self.card.launch
-        return rows / self.card.host_gather + rows / self.card.to_device + self.card.launch
+        return 2 * rows / self.card.host_gather + rows / self.card.to_device + self.card.launch
 
     @cached_property
     def forward(self) -> float:
@@ -944,20 +1000,38 @@ class _Item:
 
 
 @dataclass(frozen=True, slots=True)
+class _Offload:
+    """One set of offloaded tensors, and what follows from it.
+
+    `count` maps tensors to layers, `room` those that can be kept instead to the layers left for that. `fixed` are the
+    bytes of x where it is kept, `going` those on their way out at the head, its norm's stream included. `work` has the
+    ways to bound the work: in how many layers each kind is kept at least, and the bytes of a layer at work beside what
+    is kept.
+    """
+
+    count: Mapping[str, int]
+    room: Mapping[str, int]
+    num_bytes: int
+    fixed: int
+    going: tuple[int, int]
+    work: tuple[tuple[Mapping[str, int], int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Case:
     """What is enumerated: one way to place the large tables, one chunk size, one set of offloaded tensors.
 
-    `offload` counts layers; `fixed` are the bytes that every plan of this case has beside kept tensors and work, and
-    `seconds` what it takes if nothing is recomputed and no weight is decoded.
+    `fixed` are the bytes that every plan of this case has beside kept tensors and work; `device` seconds of the device
+    if nothing is recomputed and no weight is decoded, and `host` those of the host.
     """
 
     embedding: Placement
     head: Head
     chunk_rows: int
-    offload: Mapping[str, int]
+    offload: _Offload
     fixed: int
-    head_bytes: int
-    seconds: float
+    device: float
+    host: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -967,7 +1041,11 @@ class _Choice:
     case: _Case
     keep: Mapping[str, int]
     resident: int
-    seconds: float
+    device: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.device, self.case.host)
 
 
 _WEIGHTS = "weights"
@@ -992,8 +1070,9 @@ class _Search:
             self._fill(case)
 
     @property
-    def _bound(self) -> float:
-        return self.limit if self.best is None else self.best.seconds
+    def _bound(self) -> tuple[float, float]:
+        """Seconds, and of the device alone, which decides where the host is slower."""
+        return (self.limit, self.limit) if self.best is None else (self.best.seconds, self.best.device)
 
     @cached_property
     def _times(self) -> Times:
@@ -1010,6 +1089,10 @@ class _Search:
         items.append(_Item(_WEIGHTS, resident_bytes(self.job.shape, self.job.adapter), 2 * self._times.decode))
         return sorted(items, key=lambda item: (-item.saves / item.size, item.size, item.name))
 
+    @cached_property
+    def _tensors(self) -> list[_Item]:
+        return [item for item in self._items if item.name != _WEIGHTS]
+
     def _cases(self) -> Iterator[_Case]:
         shape, adapter, work, times = self.job.shape, self.job.adapter, self.job.work, self._times
         heads: tuple[Head, ...] = ("bf16", "nf4") if self.budget.head == "either" else (self.budget.head,)
@@ -1019,89 +1102,118 @@ class _Search:
             chunks = chunks[-1:]  # only `least` is asked for, and the smallest chunk needs least
         always = sum(adapter_bytes(shape, adapter).values()) + LIBRARY_BYTES
         always += shape.layers * self.tokens * always_kept_bytes(shape, adapter)
+        offloads = list(self._offloads())
         for head, embedding in itertools.product(heads, placements):
-            on_host = embedding_host_bytes(shape, head, embedding)
+            on_host = embedding_host_bytes(shape, embedding)
             if on_host > self.budget.host or (embedding == "host" and on_host == 0):
                 continue  # 0: the head has the table on the device anyway
-            weights = sum(weight_bytes(shape, self.job.quantization, head, embedding).values())
+            fixed = always + sum(weight_bytes(shape, self.job.quantization, head, embedding).values())
             for chunk_rows in chunks:
-                head_bytes = head_moment(shape, work, self.tokens, chunk_rows, head).total
                 seconds = times.floor + times.head(chunk_rows, head) + times.embedding(embedding)
-                for offload in _offloads(shape.layers, [item.name for item in self._items if item.name != _WEIGHTS]):
-                    offloaded = sum(count * self._sizes[name] for name, count in offload.items())
-                    if offloaded + on_host > self.budget.host:
+                for offload in offloads:
+                    if offload.num_bytes + on_host > self.budget.host:
                         break  # the rest of the sequence offloads more
-                    kept_x = (shape.layers - offload.get("x", 0)) * self._sizes["x"]
-                    total = seconds + times.exposed(offloaded)
-                    yield _Case(embedding, head, chunk_rows, offload, always + weights + kept_x, head_bytes, total)
+                    device, host = seconds + times.exposed(offload.num_bytes), times.host(offload.num_bytes)
+                    yield _Case(embedding, head, chunk_rows, offload, fixed + offload.fixed, device, host)
 
-    def _on_the_way(self, offload: Mapping[str, int]) -> int:
-        """At most so many bytes are on their way to the host while a layer runs: of the tensors sent by the last few
-        layers the largest. One kind at most is sent by some layers only, and those are spread evenly."""
-        L = self.job.shape.layers
-        everywhere = sum(count == L for count in offload.values())
-        window = -(-ON_THE_WAY // everywhere) if everywhere else L
-        sizes: list[int] = []
-        for name, count in offload.items():
-            most = window if count == L else -(-window * count // max(1, L - 2))
-            sizes += [self._sizes[name]] * min(most, count, ON_THE_WAY)
-        return sum(sorted(sizes, reverse=True)[:ON_THE_WAY])
+    def _offloads(self) -> Iterator[_Offload]:
+        """Those of `_offload_counts` that the host has room for.
+
+        The last layers keep. So while the last one runs, of a kind that is kept at all its own is among those kept; a
+        kind that is kept nowhere needs a place all the same. For every j the first j kinds are kept in one layer at
+        least, and the others as the room allows; and once everything is kept, so that nothing is rebuilt.
+        """
+        job, sizes, L = self.job, self._sizes, self.job.shape.layers
+        moments = {
+            rebuilds: layer_moments(job.shape, job.adapter, job.work.packed, self.tokens, rebuilds)
+            for rebuilds in (False, True)
+        }
+        last_norm, loss = head_moments(job.shape, job.work, self.tokens, 1, "bf16", 0)
+        for count in _offload_counts(L, [item.name for item in self._tensors]):
+            num_bytes = sum(layers * sizes[name] for name, layers in count.items())
+            if num_bytes > self.budget.host:
+                break
+            kept_x = L - count.get("x", 0)
+            # See "embedded" in `predict`. `_layout` has the first layer keep its x where three or more do.
+            embedded = kept_x < min(3, L) or replays(job.adapter, self.tokens, num_bytes)
+            fixed = (kept_x + embedded) * sizes["x"]
+            room = {item.name: L - count.get(item.name, 0) for item in self._items}
+            coming = sum(sizes[name] for name in count)
+            copies = [coming if moment.is_backward else self._going(count, moment) for moment in moments[True]]
+            least = [{item.name: min(1, room[item.name]) for item in self._tensors[:j]} for j in range(len(sizes))]
+            work = []
+            everything = {item.name: room[item.name] for item in self._tensors}
+            for rebuilds, keep in [*((True, some) for some in least), (False, everything)]:
+                kept = {name for name, layers in (("x", kept_x), *keep.items()) if layers}
+                largest = max(
+                    moment.total + copy + sum(sizes[name] for name in moment.tensors | kept & set(moment.put_away))
+                    for moment, copy in zip(moments[rebuilds], copies, strict=False)
+                )
+                work.append((keep, largest - sum(sizes[name] for name in kept)))
+            going = self._going(count, last_norm), self._going(count, loss)
+            yield _Offload(count, room, num_bytes, fixed, going, tuple(work))
+
+    def _going(self, count: Mapping[str, int], moment: Moment) -> int:
+        """At most so many bytes are on their way to the host, or are the stream that the moment takes.
+
+        One kind at most is sent by some layers only: two layers before and the one in hand may have sent it or not.
+        """
+        order = [name for name in PUT_AWAY if name in count]
+        some = next((name for name in order if count[name] < self.job.shape.layers), None)
+        most = 0
+        for sends in itertools.product((True, False), repeat=3) if some else [(True, True, True)]:
+            sent = [
+                (age, name)
+                for age, sends_it in zip((2, 1, 0), sends, strict=True)
+                for name in order
+                if (sends_it or name != some) and (age > 0 or name in moment.put_away)
+            ][-ON_THE_WAY:]
+            stream = moment.takes_stream and (1, "residual") not in sent
+            most = max(most, sum(self._sizes[name] for _, name in sent) + stream * self._sizes["residual"])
+        return most
 
     def _fill(self, case: _Case) -> None:
         """Keep what fits beside one set of offloaded tensors, for every way to bound the work.
 
-        The last layers keep. So while the last one runs, of a kind that is kept at all its own is among those kept;
-        a kind that is kept nowhere needs a place all the same. For every j the first j kinds are kept in one layer at
-        least and the others as the room allows; and the weights are resident in all layers, or as the room allows.
-        With that the work is a constant, and what remains is a knapsack.
+        The weights are resident in all layers, or as the room allows. With that, and with the kinds that are kept in
+        one layer at least, the work is a constant, and what remains is a knapsack.
         """
-        if case.seconds > self._bound:
+        if (max(case.device, case.host), case.device) > self._bound:
             return
-        job = self.job
+        job, offload = self.job, case.offload
         L = job.shape.layers
-        moments = layer_moments(job.shape, job.adapter, job.work.packed, self.tokens, True)
-        going, coming = self._on_the_way(case.offload), sum(self._sizes[name] for name in case.offload)
-        stream = self._sizes["residual"]
-        room = {item.name: L - case.offload.get(item.name, 0) for item in self._items}
-        tensors = [item for item in self._items if item.name != _WEIGHTS]
         weights = next(item for item in self._items if item.name == _WEIGHTS)
-        for j, all_resident in itertools.product(range(len(tensors) + 1), (False, True)):
-            one = {item.name for item in tensors[:j] if room[item.name] > 0}
-            kept = one | ({"x"} if case.offload.get("x", 0) < L else set())
-            layer_bytes = max(
-                moment.total
-                + (going + stream if moment.is_forward else coming)
-                + sum(self._sizes[name] for name in moment.tensors - kept)
-                - sum(self._sizes[name] for name in kept - moment.tensors)
-                for moment in moments
-            )
-            floor = case.fixed + sum(self._sizes[name] for name in one)
-            floor += L * weights.size if all_resident else decode_bytes(job.shape, job.adapter)
-            floor += max(layer_bytes, case.head_bytes + going)
-            self.least = min(self.least, floor)
-            left = self.budget.device - floor
-            if left < 0:
-                continue
-            items = tensors if all_resident else self._items
-            free = {item.name: room[item.name] - (item.name in one) for item in items}
-            slowest = case.seconds + sum(item.saves * free[item.name] for item in items)
-            if slowest - left * items[0].saves / items[0].size > self._bound:
-                continue  # too slow even if every byte that is left saved as much as the first does
-            keep = {"x": L - case.offload.get("x", 0), _WEIGHTS: L}
-            seconds = case.seconds
-            for item in items:
-                count = min(free[item.name], left // item.size)
-                left -= count * item.size
-                keep[item.name] = count + (item.name in one)
-                seconds += (free[item.name] - count) * item.saves
-            if seconds < self._bound:
-                self.best = _Choice(case, keep, keep.pop(_WEIGHTS), seconds)
+        for all_resident in (False, True):
+            items = self._tensors if all_resident else self._items
+            decoded = L * weights.size if all_resident else decode_bytes(job.shape, job.adapter)
+            idle = 0 if all_resident else idle_bytes(job.shape, job.adapter)
+            heads = head_moments(job.shape, job.work, self.tokens, case.chunk_rows, case.head, idle)
+            head = max(moment.total + going for moment, going in zip(heads, offload.going, strict=True))
+            for least, layer in offload.work:
+                floor = case.fixed + decoded + max(layer, head)
+                floor += sum(count * self._sizes[name] for name, count in least.items())
+                self.least = min(self.least, floor)
+                left = self.budget.device - floor
+                if left < 0:
+                    continue
+                free = {item.name: offload.room[item.name] - least.get(item.name, 0) for item in items}
+                device = case.device + sum(item.saves * free[item.name] for item in items)
+                if device - left * items[0].saves / items[0].size > self._bound[1]:
+                    continue  # too slow even if every byte that is left saved as much as the first does
+                keep = {"x": L - offload.count.get("x", 0), _WEIGHTS: L}
+                device = case.device
+                for item in items:
+                    count = min(free[item.name], left // item.size)
+                    left -= count * item.size
+                    keep[item.name] = count + least.get(item.name, 0)
+                    device += (free[item.name] - count) * item.saves
+                if (max(device, case.host), device) < self._bound:
+                    self.best = _Choice(case, keep, keep.pop(_WEIGHTS), device)
 
 
-def embedding_host_bytes(shape: ModelShape, head: Head, embedding: Placement) -> int:
-    """What the embedding takes of the host's memory."""
-    shared = shape.tied and head == "bf16"
-    return 2 * shape.vocab * shape.hidden if embedding == "host" and not shared else 0
+def embedding_host_bytes(shape: ModelShape, embedding: Placement) -> int:
+    """What the embedding takes of the host's memory; one that is tied to the head stays on the device."""
+    return 2 * shape.vocab * shape.hidden if embedding == "host" and not shape.tied else 0
 
 
 def _chunk_rows(rows: int) -> tuple[int, ...]:
@@ -1110,7 +1222,7 @@ def _chunk_rows(rows: int) -> tuple[int, ...]:
     return (*([whole] if whole < CHUNK_ROWS[0] else []), *(size for size in CHUNK_ROWS if size < whole or size == 128))
 
 
-def _offloads(layers: int, names: Sequence[str]) -> Iterator[dict[str, int]]:
+def _offload_counts(layers: int, names: Sequence[str]) -> Iterator[dict[str, int]]:
     """Sets of offloaded tensors, each containing the one before: x, then the others by seconds saved per byte.
 
     Every byte over the link costs the same, so the order is that of keeping; x comes first because nothing else can be
@@ -1181,13 +1293,15 @@ def predict(
     times = Times(shape, adapter, quantization, work, card, T)
     sizes = {name: size * T for name, size in names.items()}
 
+    offloaded = sum(sizes[name] for layer in layers for name, action in layer.items() if action == "offload")
+
     # Memory
     moment, parts = _walk(
         layers,
         sizes,
         T * always_kept_bytes(shape, adapter),
         {rebuilds: layer_moments(shape, adapter, work.packed, T, rebuilds) for rebuilds in (False, True)},
-        head_moment(shape, work, T, head_chunk_rows, head),
+        head_moments(shape, work, T, head_chunk_rows, head, idle_bytes(shape, adapter) if resident_layers < L else 0),
     )
     peak = {
         **weight_bytes(shape, quantization, head, embedding),
@@ -1195,10 +1309,10 @@ def predict(
         "decoded_weights": decode_bytes(shape, adapter) if resident_layers < L else 0,
         **adapter_bytes(shape, adapter),
         "libraries": LIBRARY_BYTES,
+        # The embedded tokens are the first layer's x, unless that goes to the host, or a graph has a copy of its own.
+        "embedded": sizes["x"] if layers[0]["x"] != "keep" or replays(adapter, T, offloaded) else 0,
         **parts,
     }
-    offloaded = sum(sizes[name] for layer in layers for name, action in layer.items() if action == "offload")
-
     # Time
     recompute = sum(times.rebuild[name] for layer in layers for name, action in layer.items() if action == "recompute")
     seconds = {
@@ -1212,6 +1326,7 @@ def predict(
         "exposed_offload": times.exposed(offloaded),
         "launches": times.launches,
     }
+    seconds["host"] = max(0.0, times.host(offloaded) - sum(seconds.values()))
     return Plan(
         layers=tuple(dict(layer) for layer in layers),
         resident_layers=resident_layers,
@@ -1223,7 +1338,7 @@ def predict(
         peak_bytes=sum(peak.values()),
         peak_moment=moment,
         peak={name: size for name, size in peak.items() if size},
-        host_bytes=offloaded + embedding_host_bytes(shape, head, embedding),
+        host_bytes=offloaded + embedding_host_bytes(shape, embedding),
         micro_batch_seconds=sum(seconds.values()),
         seconds=seconds,
         optimizer_seconds=times.optimizer,
@@ -1278,7 +1393,7 @@ def make_plan(
         shape,
         adapter,
         work,
-        layers=_layout(shape.layers, list(tensor_bytes(shape, adapter)), choice.keep, choice.case.offload),
+        layers=_layout(shape.layers, list(tensor_bytes(shape, adapter)), choice.keep, choice.case.offload.count),
         resident_layers=choice.resident,
         embedding=choice.case.embedding,
         head=choice.case.head,
@@ -1322,7 +1437,7 @@ def _least(job: _Job, budget: Budget) -> int:
 def _changes(job: _Job, budget: Budget) -> Iterator[tuple[str, _Job, Budget]]:
     """What could be changed, from what touches the job least to what touches it most."""
     work = job.work
-    table = embedding_host_bytes(job.shape, "bf16", "host")
+    table = embedding_host_bytes(job.shape, "host")
     if not budget.embedding_on_host and table:
         yield "the embedding on the host", job, replace(budget, embedding_on_host=True, host=max(budget.host, table))
     elif table and budget.host < table:

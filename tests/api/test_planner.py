@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graft import planner
 from graft.planner import (
     CONTEXT_BYTES,
     FAMILIES,
@@ -159,8 +160,10 @@ def test_the_largest_moments_of_a_layer_by_hand() -> None:
     T = 2048
     moments = {moment.name: moment for moment in layer_moments(SHAPE, ADAPTER, False, T, rebuilds=True)}
     stream, o_out, h = 2 * T * 4096, 2 * T * 4160, 2 * T * 14400
-    # what the caller holds, o's output, h with its 64 columns, and what comes out
-    assert moments["forward, down"].parts == {"stream": 2 * stream + o_out, "h": h}
+    # h with its 64 columns, and what comes out; attention, its input and x have gone where the plan says
+    assert moments["forward, down"].parts == {"stream": stream, "h": h}
+    assert moments["forward, down"].tensors == {"residual", "gate_up"}
+    assert moments["forward, down"].put_away == ("qkv", "attention", "attention_out", "x")
     # the gradient from above, dh, and what rebuilding gate and up needs: o's output, its norm with 64 columns
     assert moments["backward, rebuilding"].total == stream + h + 2 * o_out
     assert moments["backward, down"].total == stream + h
@@ -218,7 +221,7 @@ def test_the_big_cards_table_of_the_kernel_study(tokens: int) -> None:
 def test_the_small_cards_table_of_the_kernel_study(
     config: Mapping[str, Any], plain: Sequence[float], tight: Sequence[float]
 ) -> None:
-    """Within 10 %: here up to 0.3 GiB hold decoded weights, there one at a time; and six x are on their way."""
+    """Within 10 %: here up to 0.3 GiB hold decoded weights, there one at a time; and two x are on their way."""
     shape, eight_bit = ModelShape.from_config(config), AdapterShape(state_bytes=STATE_BYTES["adamw_8bit"])
     for tokens, expect_plain, expect_tight in zip((512, 1024, 2048, 4096), plain, tight, strict=True):
         large = uniform(RECOMPUTE, tokens, shape=shape, rows=1024)
@@ -231,7 +234,7 @@ def test_the_small_cards_table_of_the_kernel_study(
 def test_time_goes_where_the_arithmetic_says() -> None:
     plan, T = uniform(KEEP, 16384), 16384
     columns = 2 * T * 32 * sum(part.n * (part.k + part.columns) for part in products(SHAPE, ADAPTER).values())
-    assert plan.seconds["gemm"] == pytest.approx(2 * columns / 668e12)
+    assert plan.seconds["gemm"] == pytest.approx(2 * columns / 697e12)
     # 8 rows of 2048: 2·T·len·Hq·D FLOP at 512 TFLOP/s, backward 2.5 times as many at 366
     flops = 32 * 2 * T * 2048 * 4096
     assert plan.seconds["attention"] == pytest.approx(flops / 512e12 + 2.5 * flops / 366e12, rel=0.01)
@@ -257,7 +260,7 @@ def test_a_resident_layer_saves_two_decodes_and_costs_its_bf16_weights() -> None
     decoded = sum(part.decoded_bytes for part in products(SHAPE, ADAPTER).values())
     assert some.peak["resident_weights"] == 8 * decoded
     # 17.56 GB a pass at 3.0 TB/s, 5.85 ms, and the launches
-    assert none.seconds["decode"] == pytest.approx(2 * (5.85e-3 + 32 * 4 * 5e-6), rel=0.01)
+    assert none.seconds["decode"] == pytest.approx(2 * (5.85e-3 + 32 * 7 * 1.5e-6), rel=0.01)
 
 
 def test_short_documents_make_attention_cheap_and_worth_little_memory() -> None:
@@ -288,9 +291,8 @@ def test_offloading_costs_only_what_the_compute_cannot_hide() -> None:
     tensors = sum(size for name, size in everything.peak.items() if name.startswith("tensor"))
     if everything.peak_moment.startswith("backward"):
         assert (tensors, everything.peak["offload_copies"]) == (layer, layer)
-    else:  # forward: its own, and the last six that were sent: one layer's five and an x, or the like
-        assert tensors == layer
-        assert everything.peak["offload_copies"] == layer + 8192 * 56 * KIB
+    else:  # forward: the two that were sent last
+        assert everything.peak["offload_copies"] <= 8192 * (12 + 56) * KIB
 
 
 def test_a_layer_in_hand_has_all_its_tensors_and_those_of_the_layers_below() -> None:
@@ -310,6 +312,83 @@ def test_actions_that_cannot_be_are_refused() -> None:
         uniform({"x": "keep"}, 512)
     with pytest.raises(ValueError, match="31 layers"):
         predict(SHAPE, ADAPTER, ONE_ROW, layers=[KEEP] * 31, micro_batch_tokens=512, head_chunk_rows=128)
+
+
+def test_logits_lie_in_the_idle_decode_buffer_where_they_fit() -> None:
+    # gate and up, decoded: 28,672 x 4,160 elements, which are 929 rows of logits
+    assert uniform(KEEP, 2048, rows=929).peak.get("logits", 0) == 0
+    large = uniform(KEEP, 8192, rows=930)
+    assert (large.peak_moment, large.peak["logits"]) == ("head", 2 * 930 * 128256)
+    assert uniform(KEEP, 8192, rows=929).peak_bytes < large.peak_bytes - 2 * 8192 * 4096
+    # With all layers resident there is no such buffer.
+    assert uniform(KEEP, 8192, rows=929, resident=32).peak["logits"] == 2 * 929 * 128256
+
+
+def test_the_host_is_waited_for_only_where_no_graph_is_replayed() -> None:
+    """The step takes the device's time or the host's, whichever is longer."""
+    host = 32 * 69 * H100.host_launch
+    assert "host" in uniform(KEEP, 512).seconds
+    assert uniform(KEEP, 512).seconds["host"] == 0
+    for slow in (uniform(KEEP, 512, adapter=AdapterShape(dropout=True)), uniform({**KEEP, "x": "offload"}, 512)):
+        assert slow.seconds["host"] > 0
+        assert slow.micro_batch_seconds == pytest.approx(host)
+    assert uniform(KEEP, 16384).seconds["host"] == 0
+    assert uniform(KEEP, 16384).micro_batch_seconds > host
+
+
+# What was measured ------------------------------------------------------------------------------------------------
+
+LLAMA_2_7B = replace(SHAPE, intermediate=11008, kv_heads=32, vocab=32000)
+EVERYTHING_AWAY: Layer = dict.fromkeys(KEEP, "offload")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "length", "layer", "resident", "graph", "gib", "less", "rate"),
+    [
+        pytest.param(SHAPE, 8, 2048, KEEP, 0, False, 54.97, 0, 18_082, id="8B 8x2048 all kept"),
+        pytest.param(SHAPE, 8, 2048, KEEP, 32, False, 68.16, 0, 18_287, id="8B 8x2048 all kept and resident"),
+        pytest.param(SHAPE, 8, 2048, RECOMPUTE, 0, False, 12.85, 0, 13_844, id="8B 8x2048 x kept"),
+        pytest.param(SHAPE, 8, 2048, ONLY_X_AWAY, 0, False, 9.60, 0.43, 13_828, id="8B 8x2048 x offloaded"),
+        pytest.param(SHAPE, 8, 2048, EVERYTHING_AWAY, 0, False, 11.16, 1.12, 8_674, id="8B 8x2048 all offloaded"),
+        pytest.param(SHAPE, 2, 2048, KEEP, 0, False, 18.97, 0, 17_138, id="8B 2x2048 all kept"),
+        pytest.param(SHAPE, 2, 2048, KEEP, 0, True, 18.97, 0, 16_820, id="8B 2x2048 all kept, graph"),
+        pytest.param(SHAPE, 1, 2048, KEEP, 0, False, 12.62, 0, 15_573, id="8B 1x2048 all kept"),
+        pytest.param(SHAPE, 1, 2048, KEEP, 0, True, 12.62, 0, 16_148, id="8B 1x2048 all kept, graph"),
+        pytest.param(SHAPE, 1, 2048, RECOMPUTE, 0, True, 7.36, 0, 12_490, id="8B 1x2048 x kept, graph"),
+        pytest.param(SHAPE, 1, 512, KEEP, 0, True, 7.88, 0.12, 11_200, id="8B 1x512 all kept, graph"),
+        pytest.param(SHAPE, 1, 512, KEEP, 32, True, 21.07, 0, 15_511, id="8B 1x512 all kept and resident, graph"),
+        pytest.param(LLAMA_2_7B, 1, 512, KEEP, 0, True, 6.03, 0.03, 12_280, id="7B 1x512 all kept, graph"),
+        pytest.param(LLAMA_2_7B, 1, 512, RECOMPUTE, 0, True, 4.77, 0, 10_023, id="7B 1x512 x kept, graph"),
+        pytest.param(LLAMA_2_7B, 4, 2048, ONLY_X_AWAY, 0, False, 6.13, 0.31, 14_265, id="7B 4x2048 x offloaded"),
+        pytest.param(LLAMA_2_7B, 4, 2048, RECOMPUTE, 0, False, 7.82, 0.06, 14_337, id="7B 4x2048 x kept"),
+    ],
+)
+def test_what_was_measured_is_predicted(
+    shape: ModelShape,
+    rows: int,
+    length: int,
+    layer: Layer,
+    resident: int,
+    graph: bool,
+    gib: float,
+    less: float,
+    rate: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One H100 80GB HBM3, torch 2.11.0+cu130, 2026-11-24: rank 16 everywhere, AdamW with fp32 states, bf16 tables.
+
+    `gib` is `max_memory_allocated`, `rate` tokens/s of whole steps. The decoder has learnt since to let go of tensors
+    earlier, to have two on their way out instead of six, and where to put logits: `less` GiB, by the arithmetic for it
+    as it was and as it is. Rows with 32 resident layers still held the decode buffers of the plan before, 0.30 GiB.
+    """
+    if not graph:
+        monkeypatch.setattr(planner, "GRAPH_TOKENS", 0)
+    tokens = rows * length
+    # The kernels' default then: as many rows as fit into 2 GiB, a multiple of 256.
+    chunk = min(tokens, 8192)
+    plan = uniform(layer, tokens, shape=shape, rows=chunk, resident=resident)
+    assert plan.peak_bytes / GIB == pytest.approx(gib - less, abs=0.05 * gib + 150e6 / GIB)
+    assert plan.step_seconds == pytest.approx(tokens / rate, rel=0.05)
 
 
 # Model families ---------------------------------------------------------------------------------------------------
@@ -533,10 +612,11 @@ shapes = st.builds(
     windowed_layers=st.just(0),
 )
 cards = st.builds(
-    lambda gemm, link, launch: replace(H100.scaled("some card", gemm=gemm, copy=gemm / 200, link=link), launch=launch),
+    lambda gemm, link, **other: replace(H100.scaled("some card", gemm=gemm, copy=gemm / 200, link=link), **other),
     gemm=st.sampled_from([20e12, 150e12, 668e12]),
     link=st.sampled_from([2e9, 20e9, 60e9]),
     launch=st.sampled_from([1e-6, 1e-4]),
+    host_launch=st.sampled_from([0.0, 6e-5]),
 )
 works = st.builds(
     Work,
@@ -692,10 +772,10 @@ def test_the_embedding_on_the_host_comes_first() -> None:
 def test_a_fixed_micro_batch_that_is_too_large_is_named() -> None:
     fixed = replace(EIGHT_ROWS, micro_batch_tokens=16384)
     error = refusal(fixed, Budget(device=6 * GIB, host=64 * GIB))
-    assert error.changes[0].what == "a new job, with micro-batches of 2,048 tokens instead of 16,384"
-    make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=2048), Budget(device=6 * GIB, host=64 * GIB))
+    assert error.changes[0].what == "a new job, with micro-batches of 4,096 tokens instead of 16,384"
+    make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=4096), Budget(device=6 * GIB, host=64 * GIB))
     with pytest.raises(PlanRefused):
-        make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=4096), Budget(device=6 * GIB, host=64 * GIB))
+        make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=6144), Budget(device=6 * GIB, host=64 * GIB))
 
 
 def test_documents_that_are_too_long_are_named_with_the_length_that_fits() -> None:

@@ -34,7 +34,8 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         new = partial(torch.empty, dtype=dtype, device="meta")
         gate, up = new(tokens, 2 * width).split(width, dim=1)
         lora_a, out = new(rank, width) if rank else None, new(tokens, width + -(-rank // 64) * 64)
-        h = swiglu_forward(gate, up, activation=activation, out=out, lora_a=lora_a, scale=2.0)
+        product = new(tokens, rank) if rank else None
+        h = swiglu_forward(gate, up, activation=activation, out=out, lora_a=lora_a, scale=2.0, product_out=product)
         deferred = None if lora_a is None else (h[:, width:], lora_a)
         buffer = new(tokens, width) if rebuild else None
         return swiglu_backward(
@@ -135,7 +136,10 @@ def test_adapter_columns_are_whole_when_programs_share_a_row(rank: int, p: int, 
     assert error(h[:, :width], swiglu_reference(gate.double(), up.double())) < TOLERANCE[dtype]
     assert error(h[:, width : width + rank], 1.5 * h[:, :width].double() @ lora_a.double().t()) < TOLERANCE[dtype]
     assert not h[:, width + rank :].any()
-    assert torch.equal(h, swiglu_forward(gate, up, out=torch.empty_like(out), lora_a=lora_a, scale=1.5))
+    product = torch.empty(tokens, rank, dtype=dtype)
+    again = swiglu_forward(gate, up, out=torch.empty_like(out), lora_a=lora_a, scale=1.5, product_out=product)
+    assert torch.equal(h, again)
+    assert torch.equal(product, h[:, width : width + rank])
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 2048, 8192, 16384, 2**20])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,19 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import graft_kernels
+from graft import planner
 from graft.planner import (
     AdapterShape,
     ModelShape,
     adapter_bytes,
     always_kept_bytes,
     decode_bytes,
+    idle_bytes,
     tensor_bytes,
     weight_bytes,
 )
 from graft.recipe import LoraSettings
-from graft_worker import lora
+from graft_worker import decoder as decoder_module
+from graft_worker import lora, offload, planning
 from graft_worker.base_model import _quantize
 from graft_worker.batches import MicroBatch, pack, pad
 from graft_worker.data import IGNORED, Row
@@ -255,6 +264,9 @@ def test_the_planner_counts_what_the_decoder_holds(
     linears = [part for layer in decoder.layers for projection in layer.projections for part in projection.modules]
     weights = weight_bytes(shape, "nf4", "bf16", "device")
     assert sum(part.weight.nbytes for part in linears) == weights["linear_weights"]
+    assert decoder._memory["mlp"].nbytes == idle_bytes(shape, adapter)
+    assert (offload._ON_THE_WAY, planning.GRAPH_TOKENS) == (planner.ON_THE_WAY, planner.GRAPH_TOKENS)
+    assert sorted(planner.PUT_AWAY) == sorted(TENSORS)
 
 
 def test_what_is_not_computed_here_is_refused_with_the_reason(device: str) -> None:
@@ -272,3 +284,94 @@ def test_x_cannot_be_recomputed(device: str) -> None:
     decoder = Decoder(build("llama-2", device), max_positions=64)
     with pytest.raises(ValueError, match="x is what everything else is rebuilt from"):
         decoder.follow([{"x": "recompute"}] * 3)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a card would launch: calls of the library that are no view and no allocation, and our kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name != "_unsafe_view" and not name.startswith(("empty", "new_empty")):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches_without_a_card(
+    decoder: Decoder, batch: MicroBatch, attention: int, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Of one micro-batch, on CPU tensors that no kernel ever fills, with so many launches for an attention."""
+    counted = Launches()
+
+    def launch(kernel: Any, grid: Any, *arguments: Any, **options: Any) -> None:
+        counted.count += 1
+
+    # On a card the library's products have an output in fp32, where a CPU casts afterwards.
+    def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        counted.count += 1
+        return torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+
+    def product_into(out: Tensor, a: Tensor, b: Tensor, **options: Any) -> None:
+        counted.count += 1
+
+    def attending(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            before = counted.count
+            result = function(*arguments, **options)
+            counted.count = before
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for info in pkgutil.iter_modules(graft_kernels.__path__, "graft_kernels."):
+            module = importlib.import_module(info.name)
+            for name, stand_in in (
+                ("launch", launch), ("product", product), ("product_into", product_into),
+                ("runs_kernels", lambda *tensors: True),
+            ):  # fmt: skip
+                if hasattr(module, name) and info.name not in ("graft_kernels.launch", "graft_kernels.attention"):
+                    patch.setattr(module, name, stand_in)
+        for name in ("attention_forward", "attention_backward"):
+            patch.setattr(decoder_module, name, attending(getattr(decoder_module, name)))
+        with counted:
+            decoder.accumulate(batch, 50.0)
+    return counted.count + attention * len(decoder.layers)
+
+
+def launches_on_the_card(decoder: Decoder, batch: MicroBatch) -> int:
+    for _ in range(2):
+        decoder.accumulate(batch, 50.0)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        decoder.accumulate(batch, 50.0)
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+
+
+def test_a_layer_takes_at_most_sixty_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, nothing recomputed and no weight resident, with an adapter on every linear."""
+    counts = []
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
+    lengths = [20, 7, 30]
+    if device != "cpu":
+        # A real model's widths: the library takes two launches for a product whose result is small.
+        sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128}
+        sizes |= {"num_key_value_heads": 8, "max_position_embeddings": 8192}
+        lengths = [4096, 4096]
+    for layers in (1, 2):
+        model = build("llama-2", device, torch.bfloat16, **sizes, num_hidden_layers=layers)
+        attach(model, LoraSettings(r=16, alpha=32))
+        decoder = Decoder(model, max_positions=8192)
+        decoder.attach_gradients()
+        batch = pack(make_rows(lengths), 8, 0).to(torch.device(device))
+        if device == "cpu":
+            # cuDNN's attention is six (fprop; dot_do_o, bprop, two reduce_head, convert_dq); one more to be safe.
+            counts.append(launches_without_a_card(decoder, batch, 7, monkeypatch))
+        else:
+            counts.append(launches_on_the_card(decoder, batch))
+    # The difference of two models is a layer: what stands above the layers is in both.
+    assert 40 < counts[1] - counts[0] <= 60

@@ -2,11 +2,13 @@
 
     python benchmarks/train.py --model llama31-8b --cases 8x2048,8x2048@9.8 --out results.txt
 
-A case is BATCHxSEQUENCE, with `@GIB` under a memory cap. The checkpoint has the real shapes and random weights; LoRA of
-rank 16 on all seven linears, alpha 16, no dropout; NF4 with double quantisation, bf16 compute, 8-bit AdamW, clipping at
-1.0; forward, backward and update, random tokens without padding. Every contender runs in a process of its own, one
-after another; a time is the median of the steps after the warm-up. Peers run with gradient checkpointing (their
-default) and without; Graft plans by itself for what memory there is. Memory is `max_memory_allocated`.
+A case is BATCHxSEQUENCE; one with `@GIB` is Graft's alone, planned and capped at so much memory: a peer has no budget to
+be given, so it is to be held against what the peers took of their own accord. The checkpoint has the real shapes and
+random weights; LoRA of rank 16 on all seven linears, alpha 16, no dropout; NF4 with double quantisation, bf16 compute,
+8-bit AdamW, clipping at 1.0; forward, backward and update, random tokens without padding. Every contender runs in a
+process of its own, one after another; a time is the median of the steps after the warm-up. Peers run with gradient
+checkpointing (their default) and without; Graft plans by itself for what memory there is. Memory is
+`max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CONTENDERS = ("graft", "unsloth", "unsloth-off", "hf", "hf-off", "liger", "liger-off")
 NEEDS = {"graft": "graft_worker", "unsloth": "unsloth", "hf": "peft", "liger": "liger_kernel"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, WARM_UP, STEPS = 16, 4, 5
+RANK, WARM_UP, STEPS = 16, 3, 5
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
@@ -111,7 +113,7 @@ def run_contender(name: str, folder: Path, cases: list[str]) -> None:
     import torch
 
     began = time.perf_counter()
-    make_case = _graft(folder) if peer == "graft" else _peer(peer, folder, checkpointing=mode != "off")
+    make_case, forget = _graft(folder) if peer == "graft" else _peer(peer, folder, checkpointing=mode != "off")
     torch.cuda.synchronize()
     load_seconds = time.perf_counter() - began
     total = torch.cuda.get_device_properties(0).total_memory
@@ -142,6 +144,7 @@ def run_contender(name: str, folder: Path, cases: list[str]) -> None:
             }
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
+            forget()
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}"[:200]
         print("ROW " + json.dumps(row), flush=True)
@@ -149,6 +152,7 @@ def run_contender(name: str, folder: Path, cases: list[str]) -> None:
 
 Step = Callable[[], Any]
 MakeCase = Callable[[int, int, int | None], tuple[Step, dict[str, Any]]]
+Forget = Callable[[], object]  # what a case that failed may have left behind
 
 
 def _tokens(batch: int, sequence: int, generator: Any) -> Any:
@@ -157,7 +161,7 @@ def _tokens(batch: int, sequence: int, generator: Any) -> Any:
     return torch.randint(10, 290, (batch, sequence), generator=generator)
 
 
-def _peer(peer: str, folder: Path, *, checkpointing: bool) -> MakeCase:
+def _peer(peer: str, folder: Path, *, checkpointing: bool) -> tuple[MakeCase, Forget]:
     import torch
 
     if peer == "unsloth":
@@ -231,10 +235,10 @@ def _peer(peer: str, folder: Path, *, checkpointing: bool) -> MakeCase:
 
         return step, {}
 
-    return make_case
+    return make_case, lambda: optimizer.zero_grad(set_to_none=True)
 
 
-def _graft(folder: Path) -> MakeCase:
+def _graft(folder: Path) -> tuple[MakeCase, Forget]:
     """Our trainer's parts, as its loop puts them together."""
     import torch
 
@@ -288,7 +292,7 @@ def _graft(folder: Path) -> MakeCase:
         }
         return step, planned
 
-    return make_case
+    return make_case, decoder.clear_gradients
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
@@ -346,11 +350,13 @@ def main() -> None:
             "UNSLOTH_DISABLE_STATISTICS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            "UNSLOTH_COMPILE_LOCATION": str(Path(temporary) / "unsloth"),
         }
         for contender in arguments.contenders.split(","):
             if not installed(contender):
                 print(f"{contender}: not installed", flush=True)
                 continue
+            own = cases if contender == "graft" else [case for case in cases if "@" not in case]
             command = [
                 sys.executable,
                 __file__,
@@ -359,9 +365,13 @@ def main() -> None:
                 "--folder",
                 str(folder),
                 "--cases",
-                ",".join(cases),
+                ",".join(own),
             ]
-            done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=900)
+            except subprocess.TimeoutExpired:
+                print(f"{contender}: no end after 900 s", flush=True)
+                continue
             found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
             rows += found
             if not found:

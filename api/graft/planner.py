@@ -78,7 +78,7 @@ TOKEN_UNIT = 256
 # Attention's cost beyond this many tokens in a row has not been measured, and offsets would leave 32 bits.
 MOST_TOKENS = 65_536
 # Of the compute under which a copy could hide. With all tensors offloaded, 8x2048 of Llama-3.1-8B took 1.89 s on an
-# H100, which 1 would predict; less, for hosts whose links are less even.
+# H100, which a share of 1 predicts; a little less is on the safe side of links that vary.
 LINK_SHARE = 0.95
 # AdamW over hundreds of small tensors reaches this share of the copy rate (27.4 % for both kinds of state on an H100).
 OPTIMIZER_SHARE = 0.274
@@ -380,7 +380,7 @@ class Card:
     the tokens; beyond them it is that of the nearest. They are those of products within a step; `product` is that of a
     large one alone, which a card can be asked for quickly. `copy` counts bytes read plus written on the device.
     `launch` is what every kernel costs on the device beyond its bytes or FLOPs, `host_launch` what the host takes to
-    launch it, beside the device and in vain only where the device would be done before.
+    launch one, which shows only where the device would be done first.
     """
 
     name: str
@@ -1198,7 +1198,8 @@ class _Search:
                     continue
                 free = {item.name: offload.room[item.name] - least.get(item.name, 0) for item in items}
                 device = case.device + sum(item.saves * free[item.name] for item in items)
-                if device - left * items[0].saves / items[0].size > self._bound[1]:
+                device -= left * items[0].saves / items[0].size
+                if (max(device, case.host), device) > self._bound:
                     continue  # too slow even if every byte that is left saved as much as the first does
                 keep = {"x": L - offload.count.get("x", 0), _WEIGHTS: L}
                 device = case.device

@@ -209,6 +209,34 @@ def swiglu(tokens: int, options: Options) -> Iterator[Case]:
     yield Case("swiglu", shape, "backward", ours | backward, 5 * size)
 
 
+def adapter_grads(tokens: int, options: Options) -> Iterator[Case]:
+    """dB of gate and up, from a gradient [T, 2I]; dA of q, k and v, of a normed input [T, H]."""
+    from graft_kernels.adapter_grads import sum_over_tokens
+    from graft_kernels.lora_linear import product
+
+    del options
+    dy, s, z, ds = (draw(tokens, size) for size in (2 * I, 2 * RANK, H, 3 * RANK))
+    rho, w = torch.rand(tokens, device=DEVICE), draw(H)
+    db = [torch.zeros(I, RANK, device=DEVICE) for _ in range(2)]
+    da = torch.zeros(3 * RANK, H, device=DEVICE)
+
+    def eager_b() -> None:
+        for i, out in enumerate(db):
+            dy_i, s_i = dy[:, i * I : (i + 1) * I], s[:, i * RANK : (i + 1) * RANK]
+            out.add_(product(dy_i.t(), s_i, torch.float32))
+
+    def eager_a() -> None:
+        da.addcmul_(product((ds * rho[:, None]).to(z.dtype).t(), z, torch.float32), w)
+
+    ours_b = timed(sum_over_tokens, db, dy, s, add=True)
+    ours_a = timed(sum_over_tokens, [da], z, ds, add=True, transposed=True, norm=(rho, w, False))
+    size = tokens * DTYPE.itemsize
+    shape = f"{tokens}x{2 * I} rank {RANK}"
+    yield Case("adapter_grads", shape, "dB", {"graft": ours_b, "eager": timed(eager_b)}, size * (2 * I + 2 * RANK))
+    shape = f"{tokens}x{H} rank {3 * RANK}"
+    yield Case("adapter_grads", shape, "dA", {"graft": ours_a, "eager": timed(eager_a)}, size * (H + 3 * RANK))
+
+
 def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As transformers has it."""
 
@@ -727,6 +755,7 @@ OPS: dict[str, Callable[[int, Options], Iterator[Case]]] = {
     "fused_linear": fused_linear,
     "lora_blocks": lora_blocks,
     "lora_overhead": lora_overhead,
+    "adapter_grads": adapter_grads,
     "rms_norm": rms_norm,
     "swiglu": swiglu,
     "rope": rope,

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graft_kernels.adapter_grads import sum_over_tokens
 from graft_kernels.dropout import dropout as drop
 from graft_kernels.launch import as_rows
 from graft_kernels.lora_linear import (
@@ -47,13 +48,10 @@ from graft_kernels.lora_linear import (
     lora_linear,
     low_rank_update,
     padded_rank,
-    product,
-    product_into,
     weight_columns,
 )
 from graft_kernels.nf4 import NF4Weight
 from graft_kernels.rms_norm import (
-    Pending,
     add_rms_norm,
     rms_norm,
     rms_norm_again,
@@ -63,6 +61,8 @@ from graft_kernels.rms_norm import (
 from graft_kernels.rope import rope_backward, rope_forward
 from graft_kernels.rope_qkv import rope_qkv_backward, rope_qkv_forward_
 from graft_kernels.swiglu import Activation, geglu, swiglu, swiglu_backward, swiglu_forward
+
+Pending = tuple[Tensor, Tensor]  # S [T, at least R] and B [R, H]: a sum S B that a tensor still lacks
 
 
 class Norm(NamedTuple):
@@ -114,30 +114,22 @@ class Gradients(NamedTuple):
 
     def add_b(self, dy_TN: Tensor, s_TR: Tensor, scale: float, linears: Sequence[Linear]) -> None:
         """dB_i = s·dY_iᵀ S_i."""
-        n = r = 0
-        for linear, db in zip(linears, self.b, strict=True):
-            n_end, r_end = n + linear.weight.shape[0], r + linear.rank
-            if db is not None:
-                product_into(db, dy_TN[:, n:n_end].t(), s_TR[:, r:r_end], add=self.add, factor=scale)
-            n, r = n_end, r_end
+        outs = [
+            s_TR.new_empty(linear.weight.shape[0], 0) if db is None else db
+            for linear, db in zip(linears, self.b, strict=True)
+        ]
+        sum_over_tokens(outs, dy_TN[:, : sum(out.shape[0] for out in outs)], s_TR, add=self.add, factor=scale)
 
     def add_a(self, ds_TR: Tensor, x_TK: Tensor) -> None:
         """dA = dSᵀ x."""
         if self.a is not None:
-            product_into(self.a, ds_TR.t(), x_TK, add=self.add)
+            sum_over_tokens((self.a,), x_TK, ds_TR, add=self.add, transposed=True)
 
     def add_a_of_normed(self, ds_TR: Tensor, z_TH: Tensor, rho_T: Tensor, norm: Norm) -> None:
         """dA = dSᵀ y = (ρ ∘ dS)ᵀ z ∘ w, without y."""
-        if self.a is None:
-            return
-        # Both products with factors of several dtypes are one launch each, rounded once: `out` has a dtype of its own.
-        scaled_TR = torch.mul(ds_TR, rho_T[:, None], out=torch.empty_like(ds_TR, memory_format=torch.contiguous_format))
-        da = product(scaled_TR.t(), z_TH, self.a.dtype)
-        w = norm.weight.to(self.a.dtype) + 1.0 if norm.gemma else norm.weight
-        if self.add:
-            self.a.addcmul_(da, w)
-        else:
-            torch.mul(da, w, out=self.a)
+        if self.a is not None:
+            by_norm = (rho_T, norm.weight, norm.gemma)
+            sum_over_tokens((self.a,), z_TH, ds_TR, add=self.add, transposed=True, norm=by_norm)
 
 
 Layers = tuple[list[NF4Weight | Tensor], list[Tensor | None]]  # the frozen weights and biases of some linears
@@ -490,8 +482,8 @@ def _qkv_ranks(linears: Sequence[Linear]) -> tuple[int, ...] | None:
 def o_forward(
     attention_TK: Tensor, o: Linear, lora: Lora, weight: Rows | Columns
 ) -> tuple[Tensor, Pending | None, Tensor | None]:
-    """(x [T, H], what is pending, S): the norm after it adds x + pending, and fills S then. A `Columns` where there is
-    dropout: nothing is pending."""
+    """(x [T, H], what is pending, S): the norm after it adds x + pending. A `Columns` where there is dropout: nothing
+    is pending."""
     dtype, width, rank = attention_TK.dtype, o.weight.shape[0], o.rank
     if isinstance(weight, Columns):
         x_s = attention_TK
@@ -502,8 +494,7 @@ def o_forward(
     y_s = F.linear(attention_TK, weight.weight, stacked_bias((o,), dtype, weight.weight.shape[0] - width))
     if rank == 0:
         return y_s, None, None
-    s = y_s.new_empty(y_s.shape[0], rank)
-    return y_s[:, :width], Pending(y_s[:, width:], weight.b, s), s
+    return y_s[:, :width], (y_s[:, width:], weight.b), y_s[:, width : width + rank].contiguous()
 
 
 def o_backward(

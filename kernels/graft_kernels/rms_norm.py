@@ -26,7 +26,7 @@ below; beyond them the library is the better place, and the launchers go there.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,14 +52,6 @@ REGISTER_WIDTH = 16384
 _TILE = 4096
 
 
-class Pending(NamedTuple):
-    """A sum S B that x lacks: S [T, at least R], B [R, H]; one of them carries the scale."""
-
-    s_TR: Tensor
-    b_RH: Tensor
-    s_out: Tensor | None = None  # where S goes, [T, R] contiguous, for a backward that needs nothing else of its buffer
-
-
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
     """The definition of correct, differentiable by autograd."""
     wide = arithmetic_dtype(x.dtype)
@@ -70,10 +62,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = F
 
 @triton.jit
 def _forward_rows_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_stride, residual_ptr, residual_stride, s_ptr, s_stride, s_out_ptr, b_ptr, w_ptr,
+    x_ptr, x_stride, residual_ptr, residual_stride, s_ptr, s_stride, b_ptr, w_ptr,
     y_ptr, y_stride, z_ptr, z_stride, rho_ptr, T, H, eps,
-    PENDING_RANK: tl.constexpr, COPIES_S: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+    PENDING_RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Whole rows in registers: every operand is read once."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -88,11 +80,6 @@ def _forward_rows_kernel(  # type: ignore[no-untyped-def]
         s = tl.load(s_ptr + row.to(tl.int64) * s_stride + r, mask=row < T, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + r * H + col, mask=col < H, other=0.0).to(tl.float32)
         z += s[:, None] * b[None, :]
-    if COPIES_S:
-        r = tl.arange(0, BLOCK_R)[None, :]
-        s_mask = (row < T)[:, None] & (r < PENDING_RANK)
-        s_all = tl.load(s_ptr + row_64 * s_stride + r, mask=s_mask, other=0.0)
-        tl.store(s_out_ptr + row_64 * PENDING_RANK + r, s_all, mask=s_mask)
     if HAS_RESIDUAL or PENDING_RANK > 0:
         rounded = z.to(z_ptr.dtype.element_ty)
         tl.store(z_ptr + row_64 * z_stride + col[None, :], rounded, mask=mask)
@@ -340,7 +327,7 @@ def rms_norm_forward(
     *,
     gemma: bool = False,
     residual: Tensor | None = None,
-    pending: tuple[Tensor, Tensor] | Pending | None = None,
+    pending: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     z_out: Tensor | None = None,
     lora_a: Tensor | None = None,
@@ -354,7 +341,7 @@ def rms_norm_forward(
         eps: ε.
         gemma: y = z·ρ·(1 + w) with one rounding, in place of Llama's cast(z·ρ)·w.
         residual: [T, H], added to x.
-        pending: (S [T, at least R], B [R, H]) or a `Pending`: S B is added to x.
+        pending: (S [T, at least R], B [R, H]): S B is added to x. S or B carries the scale.
         out: where y goes: [T, H], or [T, H + p] with `lora_a`, p >= R a multiple of 16. Allocated when missing, with
             the smallest p. y is all of it, the tail included.
         z_out: where z goes: [T, H]; may be the memory of x or `residual`. Only with one of the two sums.
@@ -371,18 +358,7 @@ def rms_norm_forward(
     weight = operand("weight", weight_H, (width,))
     if residual is not None:
         residual = operand("residual", residual, (tokens, width), dtype)
-    s, b = low_rank_term("pending", "S", "B", None if pending is None else pending[:2], x)
-    s_out = pending.s_out if isinstance(pending, Pending) else None
-    if s_out is not None and (
-        s is None
-        or b is None
-        or s_out.shape != (tokens, b.shape[0])
-        or s_out.dtype != dtype
-        or not s_out.is_contiguous()
-    ):
-        raise ValueError(
-            f"S goes to {s_out.dtype} {tuple(s_out.shape)}, strides {s_out.stride()}; expected contiguous rows as B has"
-        )
+    s, b = low_rank_term("pending", "S", "B", pending, x)
     if z_out is not None and residual is None and pending is None:
         raise ValueError("z_out is given, but neither residual nor pending: z is x itself")
     y, lora_a = output_with_tail(out, x, "lora_a", lora_a)
@@ -391,9 +367,6 @@ def rms_norm_forward(
     kernels = runs_kernels(x, weight, residual, s, b, lora_a, y, z_out)
     in_registers = kernels and width <= REGISTER_WIDTH
 
-    if s_out is not None and s is not None and (not in_registers or s_out.shape[1] > PENDING_RANK):
-        s_out.copy_(s[:, : s_out.shape[1]])
-        s_out = None
     if s is not None and b is not None and (not in_registers or b.shape[0] > PENDING_RANK):
         # Without a residual this sum is z already.
         x = torch.addmm(x, s[:, : b.shape[0]], b, out=z_out if residual is None else None)
@@ -415,9 +388,9 @@ def rms_norm_forward(
         launch(
             _forward_rows_kernel, (cdiv(tokens, block_m),),
             x, x.stride(0), residual, row_stride(residual),
-            s, row_stride(s), s_out, b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
-            PENDING_RANK=pending_rank, COPIES_S=s_out is not None, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
-            BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_R=next_power_of_2(max(1, pending_rank)), num_warps=num_warps,
+            s, row_stride(s), b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
+            PENDING_RANK=pending_rank, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
+            BLOCK_M=block_m, BLOCK_H=block_h, num_warps=num_warps,
         )  # fmt: skip
     else:
         launch(

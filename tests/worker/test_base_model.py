@@ -62,13 +62,15 @@ def test_linears_of_the_blocks_are_nf4_and_nothing_else_is(base: BaseModel, base
     assert len(layers) == 2 * 7
     for name, layer in layers.items():
         assert isinstance(layer.weight, NF4Weight)
-        packed, state = quantize_4bit(stored[name + ".weight"].float(), compress_statistics=True, quant_type="nf4")
+        weight = stored[name + ".weight"].to(base.device)
+        packed, state = quantize_4bit(weight.float(), compress_statistics=True, quant_type="nf4")
         expected = dequantize_4bit(packed, state)
         assert torch.equal(decode(layer.weight, torch.float32), expected)
-    assert torch.equal(base.model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
+    embedding = base.model.get_input_embeddings().weight
+    assert torch.equal(embedding, stored["model.embed_tokens.weight"].to(embedding))
     assert base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.num_bytes < sum(part.nbytes for part in stored.values())  # fp32 beside NF4, against bf16 alone
+    assert base.num_bytes < sum(part.nbytes for part in stored.values())  # NF4 and the rest, against bf16 alone
 
 
 def test_shards_are_read_by_their_index(copy_of_base: Path, base: BaseModel) -> None:
@@ -80,8 +82,8 @@ def test_shards_are_read_by_their_index(copy_of_base: Path, base: BaseModel) -> 
         save_file({name: tensors[name] for name in members}, copy_of_base / shard, metadata={"format": "pt"})
     index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
     (copy_of_base / "model.safetensors.index.json").write_text(json.dumps(index))
-    loaded = load_base_model(copy_of_base, quantization="nf4", device="cpu")
-    tokens = torch.arange(20)[None]
+    loaded = load_base_model(copy_of_base, quantization="nf4", device=base.device)
+    tokens = torch.arange(20, device=base.device)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens).logits, base.model(tokens).logits)
     (copy_of_base / "model-00002-of-00002.safetensors").unlink()
@@ -98,7 +100,7 @@ def test_the_fingerprint_follows_the_contents(copy_of_base: Path, base: BaseMode
 
 
 def test_attaching_is_repeatable_and_detaching_restores_the_base(base: BaseModel) -> None:
-    tokens = torch.arange(20)[None]
+    tokens = torch.arange(20, device=base.device)[None]
     with torch.no_grad():
         before = base.model(tokens).logits
     states = []

@@ -374,4 +374,4 @@ def test_a_layer_takes_at_most_sixty_launches(device: str, monkeypatch: pytest.M
         else:
             counts.append(launches_on_the_card(decoder, batch))
     # The difference of two models is a layer: what stands above the layers is in both.
-    assert 40 < counts[1] - counts[0] <= 60
+    assert 30 < counts[1] - counts[0] <= 60

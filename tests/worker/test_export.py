@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft.recipe import LoraSettings
 from graft_worker import lora
-from graft_worker.base_model import BaseModel
+from graft_worker.base_model import BaseModel, load_base_model
 from graft_worker.batches import pad
 from graft_worker.data import encode_file
 from graft_worker.decoder import Decoder
@@ -42,17 +42,14 @@ def folder(spec: TrainingSpec, base: BaseModel) -> Path:
 def test_logits_of_the_loaded_adapter_agree_with_the_trainers(
     folder: Path, spec: TrainingSpec, base: BaseModel, base_folder: Path
 ) -> None:
+    exact = load_base_model(base_folder, quantization="nf4", device=base.device, compute_dtype=torch.float32)
     rows = encode_file(spec.validation_file, base.tokenizer, max_seq_length=128).rows
     batch = pad(rows, 1, 0).to(base.device)
     inputs = {"input_ids": batch.input_ids.view(batch.shape), "attention_mask": batch.attention_mask}
     real = batch.attention_mask.flatten().bool()
-    adapter = lora.attach(base.model, SETTINGS, seed=0)
-    try:
-        adapter.load_state_dict(load_file(folder / "adapter_model.safetensors"))
-        with torch.no_grad():
-            ours = Decoder(base.model, max_positions=128).logits(batch)[real]
-    finally:
-        lora.detach(base.model)
+    adapter = lora.attach(exact.model, SETTINGS, seed=0)
+    adapter.load_state_dict(load_file(folder / "adapter_model.safetensors"))
+    ours = Decoder(exact.model, max_positions=128).logits(batch)[real]
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -60,7 +57,9 @@ def test_logits_of_the_loaded_adapter_agree_with_the_trainers(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=torch.float32, quantization_config=quantization, device_map={"": base.device}
+    )
     plain = model.train()(**inputs).logits.flatten(0, 1)[real]
     model = peft.PeftModel.from_pretrained(model, folder).eval()
     for module in model.modules():

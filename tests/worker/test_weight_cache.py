@@ -403,7 +403,7 @@ def test_of_two_processes_that_race_one_writes_and_both_have_its_bytes(
     processes = [context.Process(target=race, args=(number,)) for number in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
     assert len({digest for digest, _, _ in found}) == 1

@@ -49,6 +49,7 @@ from graft_kernels.lora_blocks import (
     Lora,
     Norm,
     NormLinearsState,
+    Pending,
     Positions,
     down_backward,
     down_forward,
@@ -63,7 +64,7 @@ from graft_kernels.lora_blocks import (
     rotated,
 )
 from graft_kernels.lora_linear import Columns, Linear, Rows, draw_seed, weight_columns, weight_rows, weight_size
-from graft_kernels.rms_norm import Pending, rms_norm_again, rms_norm_backward, rms_norm_forward
+from graft_kernels.rms_norm import rms_norm_again, rms_norm_backward, rms_norm_forward
 from graft_kernels.swiglu import Activation
 from graft_worker.batches import MicroBatch
 from graft_worker.graphs import Graphs, Losses
@@ -531,7 +532,7 @@ class Decoder:
         kept.attention_rest, kept.attention_plan = saved.tensors[4:], saved.plan
 
     def _project(self, layer: Layer, kept: _Kept, lora: Lora) -> tuple[Tensor, Pending | None]:
-        """(Δ, what is pending on it) from `attention`; S of it is there when the norm has added that."""
+        """(Δ, what is pending on it) from `attention`."""
         assert kept.attention is not None
         flat = kept.attention.flatten(-2).flatten(0, -2)
         delta, pending, kept.s_o = o_forward(flat, layer.o.linears[0], lora, self._operand(layer, layer.o))

@@ -2,11 +2,11 @@
 
     python benchmarks/train.py --model llama31-8b --cases 8x2048,8x2048@9.8 --out results.txt
 
-A case is BATCHxSEQUENCE; one with `@GIB` is Graft's alone, planned and capped at so much memory: a peer has no budget to
-be given, so it is to be held against what the peers took of their own accord. The checkpoint has the real shapes and
-random weights; LoRA of rank 16 on all seven linears, alpha 16, no dropout; NF4 with double quantisation, bf16 compute,
-8-bit AdamW, clipping at 1.0; forward, backward and update, random tokens without padding. Every contender runs in a
-process of its own, one after another; a time is the median of the steps after the warm-up. Peers run with gradient
+A case is BATCHxSEQUENCE; one with `@GIB` is Graft's alone, planned and capped at so much memory: a peer has no budget
+to be given, so it is to be held against what the peers took of their own accord. The checkpoint has the real shapes
+and random weights; LoRA of rank 16 on all seven linears, alpha 16, no dropout; NF4 with double quantisation, bf16
+compute, 8-bit AdamW, clipping at 1.0; forward, backward and update, random tokens without padding. Every contender runs
+in a process of its own, one after another; a time is the median of the steps after the warm-up. Peers run with gradient
 checkpointing (their default) and without; Graft plans by itself for what memory there is. Memory is
 `max_memory_allocated`.
 """
@@ -262,7 +262,8 @@ def _graft(folder: Path) -> tuple[MakeCase, Forget]:
     card = planning.measured_card(base.device)
 
     def make_case(batch: int, sequence: int, cap: int | None) -> tuple[Step, dict[str, Any]]:
-        device = cap or allocator_budget(torch.cuda.get_device_properties(0).total_memory)
+        there_is = cap or allocator_budget(torch.cuda.get_device_properties(0).total_memory)
+        device = planning.usable_bytes(there_is)
         work = Work(step_tokens=batch * sequence, longest_document=sequence)
         budget = Budget(device=device, host=64 << 30)
         try:

@@ -70,8 +70,8 @@ PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "ml
 GRAPH_TOKENS = 4096
 # Rows of an NF4 head that are decoded at a time.
 HEAD_SLAB_ROWS = 16_384
-# The columns that an adapter adds to a product come in this unit: rows then start at multiples of 128 bytes.
-COLUMN_UNIT = 64
+# The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
+COLUMN_UNIT, ROW_UNIT = 64, 16
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128)
 # Packed micro-batches have a multiple of so many tokens.
 TOKEN_UNIT = 256
@@ -562,8 +562,7 @@ def tensor_bytes(shape: ModelShape, adapter: AdapterShape) -> dict[str, int]:
     q, k and v lie beside their LoRA product in one buffer, where rope follows at once: without a norm on the heads and
     without dropout.
     """
-    rows_form = not shape.qk_norm and not adapter.dropout
-    columns = _round_up(adapter.ranks(shape, "qkv"), COLUMN_UNIT) if rows_form else 0
+    columns = _round_up(adapter.ranks(shape, "qkv"), ROW_UNIT) if in_rows(shape, adapter, "qkv") else 0
     sizes = {
         "x": 2 * shape.hidden,
         "qkv": 2 * (shape.qkv_width + columns),
@@ -585,16 +584,20 @@ def always_kept_bytes(shape: ModelShape, adapter: AdapterShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of a layer, [N, K], with room for its adapters: p more columns, or p more rows."""
+    """One product of a layer, [N, K], with room for its adapters: p more columns, or p more rows.
+
+    `decoded_bytes` are those of the bf16 buffer, [N, K + p] or [N + p, K]: the larger.
+    """
 
     n: int
     k: int
     columns: int
+    decoded_bytes: int
 
-    @property
-    def decoded_bytes(self) -> int:
-        """The bf16 buffer, [N, K + p] or [N + p, K]: the larger."""
-        return 2 * max(self.n * (self.k + self.columns), (self.n + self.columns) * self.k)
+
+def in_rows(shape: ModelShape, adapter: AdapterShape, group: str) -> bool:
+    """Whether a product has its adapters below its weight, and so S beside its result."""
+    return not adapter.dropout and (group == "o" or (group == "qkv" and not shape.qk_norm))
 
 
 def products(shape: ModelShape, adapter: AdapterShape) -> dict[str, Product]:
@@ -602,8 +605,10 @@ def products(shape: ModelShape, adapter: AdapterShape) -> dict[str, Product]:
     found = {}
     for group in ("qkv", "o", "gate_up", "down"):
         parts = [linear for linear in shape.linears if linear.group == group]
-        columns = _round_up(adapter.ranks(shape, group), COLUMN_UNIT)
-        found[group] = Product(sum(part.n for part in parts), parts[0].k, columns)
+        n, k, rank = sum(part.n for part in parts), parts[0].k, adapter.ranks(shape, group)
+        columns, rows = _round_up(rank, COLUMN_UNIT), _round_up(rank, ROW_UNIT)
+        decoded = 2 * max(n * (k + columns), (n + rows) * k)
+        found[group] = Product(n, k, rows if in_rows(shape, adapter, group) else columns, decoded)
     return found
 
 

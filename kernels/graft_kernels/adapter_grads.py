@@ -26,8 +26,9 @@ from graft_kernels.operands import arithmetic_dtype
 
 # The most columns of D that a program multiplies; beyond, the library's product has work enough.
 MOST_COLUMNS = 64
-# (columns of X, tokens at a time, warps, stages) of a program, by bytes per element.
-_TILE = {2: (32, 128, 4, 4), 4: (32, 32, 4, 2)}
+# (columns of X, tokens at a time, warps, stages) of a program, by bytes per element; twice the warps for more than 32
+# columns of D, whose sums fill the registers otherwise. The best of a sweep on an H100.
+_TILE = {2: (64, 128, 4, 4), 4: (32, 32, 4, 2)}
 
 
 def sum_over_tokens_reference(
@@ -123,6 +124,7 @@ def sum_over_tokens(
         _by_the_library(outs, sizes, x_TN, d_TR, add, factor, transposed, norm)
         return
     block_n, block_t, num_warps, stages = _TILE[x_TN.element_size()]
+    block_r = max(16, next_power_of_2(largest))
     padded = [*zip(outs, sizes, strict=True), *[(outs[0], (0, 0))] * (3 - len(outs))]
     programs = [cdiv(n, block_n) if r > 0 else 0 for _, (n, r) in padded]
     strides = [1 if transposed else r for _, (_, r) in padded]
@@ -132,8 +134,8 @@ def sum_over_tokens(
         programs[0], programs[1], x_TN.stride(0), d_TR.stride(0), *strides, sizes[0][0] if transposed else 1,
         factor, 1.0 if gemma else 0.0,
         **{f"R{i}": r for i, (_, (_, r)) in enumerate(padded)}, NORMED=norm is not None, ADD=add,
-        BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_R=max(16, next_power_of_2(largest)), STAGES=stages,
-        num_warps=num_warps,
+        BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_R=block_r, STAGES=stages,
+        num_warps=num_warps if block_r <= 32 else 2 * num_warps,
     )  # fmt: skip
 
 

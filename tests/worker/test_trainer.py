@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from graft.planner import Budget, ModelShape, Work, plan_for
 from graft.recipe import EarlyStopping, LoraSettings, Recipe
-from graft_worker import lora
+from graft_worker import lora, planning, trainer
 from graft_worker.base_model import BaseModel, load_base_model
 from graft_worker.decoder import Decoder
 from graft_worker.failures import TrainingFailure
@@ -275,6 +276,36 @@ def test_running_out_of_memory_is_said_in_the_jobs_terms(
         assert caught.value.code == "out_of_memory"
         assert "Memory ran out in " in caught.value.message
         assert "with conversations of up to 128 tokens" in caught.value.message
+
+
+def test_a_plan_that_does_not_fit_after_all_is_made_smaller(
+    make_spec: MakeSpec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the plan of a GPU, whose rehearsal fails once; on a CPU there would be none."""
+    shape = ModelShape.from_config(base.model.config.to_dict())
+    accumulate, make = Decoder.accumulate, trainer._plan
+    shares: list[float] = []
+
+    def plan(*arguments: Any) -> Any:
+        shares.append(arguments[-1])
+        batching, _ = make(*arguments)
+        work = Work(step_tokens=256, longest_document=64, packed=True)
+        return batching, plan_for(arguments[1], shape, work, Budget(device=int(arguments[-1] * 2**30)))
+
+    def fail_once(*arguments: Any) -> Any:
+        if len(shares) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return accumulate(*arguments)
+
+    plain = adapter_bytes(run(make_spec("plain", n_epochs=1), base))
+    monkeypatch.setattr(trainer, "_plan", plan)
+    monkeypatch.setattr(Decoder, "accumulate", fail_once)
+    events = run(make_spec("planned", n_epochs=1), base)
+    assert shares == list(planning.BUDGET_SHARES[:2])
+    logged = [event for event in events if isinstance(event, Log)]
+    assert sum(event.message.startswith("The plan: ") for event in logged) == 2
+    assert any("did not fit after all" in event.message for event in logged)
+    assert adapter_bytes(events) == plain
 
 
 def test_a_model_that_our_decoder_does_not_compute_is_trained_through_transformers(

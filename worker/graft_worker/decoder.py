@@ -348,6 +348,7 @@ class Decoder:
         self._place_embedding(torch.device("cpu") if embedding_on_host else self.device)
         self._plans = list(plans)
         self._holds.clear()
+        self._memory.clear()
         # A graph knows no new seed, and what goes to the host goes with tensors that are long.
         offloads = any("offload" in plan.values() for plan in plans)
         self._graphs = None

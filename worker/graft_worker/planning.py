@@ -24,8 +24,11 @@ from graft_worker.failures import TrainingFailure
 CPU_TOKENS = 4096
 # For micro-batches of so many tokens the host's launches would cost more than what they start.
 GRAPH_TOKENS = 4096
-# Left to whoever else uses the device, and to what the allocator loses between its blocks.
+# Left to whoever else uses the device; and of the rest, what the allocator loses between its blocks.
 _SPARE_BYTES = 384 << 20
+_USABLE_SHARE = 0.96
+# Of that, where what was planned did not fit after all: for the second attempt and the third.
+BUDGET_SHARES = (1.0, 0.88, 0.75)
 
 
 def default_batching(recipe: Recipe, lengths: Sequence[int], mode: BatchMode) -> Batching:
@@ -61,15 +64,21 @@ def work_of(
     )
 
 
-def make_plan(base: BaseModel, recipe: Recipe, work: Work) -> Plan:
-    """The fastest plan that fits the device.
+def usable_bytes(there_is: int, share: float = 1.0) -> int:
+    """What a plan may fill of the bytes that the allocator can have."""
+    return int(there_is * _USABLE_SHARE * share)
+
+
+def make_plan(base: BaseModel, recipe: Recipe, work: Work, share: float = 1.0) -> Plan:
+    """The fastest plan that fits the device, or a share of what is usable of it.
 
     Raises:
         TrainingFailure: out_of_memory, with what is needed and what would make it fit.
     """
     shape = ModelShape.from_config(base.model.config.to_dict())
     free, _ = torch.cuda.mem_get_info(base.device)
-    device = free + torch.cuda.memory_reserved(base.device) - _SPARE_BYTES
+    there_is = free + torch.cuda.memory_reserved(base.device)
+    device = usable_bytes(there_is - _SPARE_BYTES, share)
     budget = Budget(device=device, host=_host_bytes() // 2)
     try:
         return planner.plan_for(recipe, shape, work, budget, card=measured_card(base.device))

@@ -223,14 +223,23 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
                 level="warn",
                 message=f"This model is trained through transformers, slower and with padded rows: {reason}.",
             )
-        with _memory_guard("the plan", recipe):
-            batching, plan = _plan(base, recipe, network, lengths, rows, progress)
-        progress.batching = dataclasses.asdict(batching)
-        if plan is not None:
-            progress.head_chunk_rows = plan.head_chunk_rows
+        for share in planning.BUDGET_SHARES:
+            batching, plan = _plan(base, recipe, network, lengths, rows, progress, share)
+            if plan is None:
+                break
             yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
-            with _memory_guard("the rehearsal of the largest micro-batch", recipe):
-                _rehearse(network, batching, [*rows, *valid_rows], device)
+            try:
+                with _memory_guard("the rehearsal of the largest micro-batch", recipe):
+                    _rehearse(network, batching, [*rows, *valid_rows], device)
+                progress.head_chunk_rows = plan.head_chunk_rows
+                break
+            except TrainingFailure as failure:
+                if share == planning.BUDGET_SHARES[-1]:
+                    raise
+                yield Log(
+                    level="warn", message=f"It did not fit after all, and a smaller one is made. {failure.message}"
+                )
+        progress.batching = dataclasses.asdict(batching)
 
         def save_checkpoint() -> CheckpointSaved:
             folder = spec.work_dir / "checkpoints" / f"step-{progress.step:08d}"
@@ -453,6 +462,7 @@ def _plan(
     lengths: list[int],
     rows: Sequence[Row],
     progress: Progress,
+    share: float,
 ) -> tuple[Batching, Plan | None]:
     """How steps are cut, as it was stored or decided now; and what is kept, where there is a GPU to plan for."""
     mode: Literal["packed", "padded"] = "packed" if recipe.packing and isinstance(network, Decoder) else "padded"
@@ -465,7 +475,7 @@ def _plan(
     trained = sum(row.num_trained for row in rows)
     own = [len(row.input_ids) for row in rows]
     work = planning.work_of(recipe, own, max(lengths), trained, stored, progress.head_chunk_rows)
-    plan = planning.make_plan(base, recipe, work)
+    plan = planning.make_plan(base, recipe, work, share)
     planning.follow(network, plan, recipe)
     return stored or planning.batching_of(plan, mode), plan
 

@@ -68,7 +68,7 @@ ON_THE_WAY = 2
 PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "mlp_out")
 # Micro-batches of up to so many tokens are replayed as CUDA graphs (`graft_worker.graphs`).
 GRAPH_TOKENS = 4096
-# Rows of an NF4 head that are decoded at a time.
+# Rows of an NF4 head that are decoded at a time. No decoder has such a head yet, so no refusal proposes one.
 HEAD_SLAB_ROWS = 16_384
 # The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
 COLUMN_UNIT, ROW_UNIT = 64, 16
@@ -1473,8 +1473,6 @@ def _changes(job: _Job, budget: Budget) -> Iterator[tuple[str, _Job, Budget]]:
 
         if size := _largest(range(TOKEN_UNIT, longest, TOKEN_UNIT), cut, budget):
             yield f"documents of at most {size:,} tokens instead of {longest:,}", cut(size), budget
-    if budget.head == "bf16":
-        yield "the output head in NF4, which changes the numbers a little", job, replace(budget, head="either")
     if job.adapter.rank > 8:
         adapter = replace(job.adapter, rank=8)
         yield f"rank 8 instead of {job.adapter.rank}", replace(job, adapter=adapter), budget

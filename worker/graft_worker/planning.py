@@ -22,8 +22,6 @@ from graft_worker.failures import TrainingFailure
 
 # The most tokens of a micro-batch on a CPU, where larger products gain nothing.
 CPU_TOKENS = 4096
-# For micro-batches of so many tokens the host's launches would cost more than what they start.
-GRAPH_TOKENS = 4096
 # Left to whoever else uses the device; and of the rest, what the allocator loses between its blocks.
 _SPARE_BYTES = 384 << 20
 _USABLE_SHARE = 0.96
@@ -93,7 +91,7 @@ def follow(decoder: Decoder, plan: Plan, recipe: Recipe) -> None:
     decoder.follow(
         layers,
         resident_layers=plan.resident_layers,
-        graph_tokens=GRAPH_TOKENS,
+        graph_tokens=planner.GRAPH_TOKENS,
         embedding_on_host=plan.embedding == "host",
     )
 

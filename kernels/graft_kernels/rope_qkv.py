@@ -373,23 +373,22 @@ class _Tile(NamedTuple):
 
 
 def _forward_tile(rank: int, head_dim: int, itemsize: int) -> _Tile:
-    """More tokens a program read b less often, fewer keep every multiprocessor busy. The best of a sweep on an H100."""
+    """More tokens a program read b less often, fewer keep every multiprocessor busy."""
     if itemsize == 4:
         return _Tile(16, 4, 1, 4, 1)
-    if rank <= 16 or head_dim > 128:
-        return _Tile(16, 8, 1, 4, 2)
-    return _Tile(64, 8, 1, 8, 2)
+    return _Tile(16 if rank <= 16 or head_dim > 128 else 32, 8, 1, 4, 2)
 
 
 def _backward_tile(rank: int, itemsize: int) -> _Tile:
-    """As many heads at once as there are warps, or one of many tokens. The best of a sweep on an H100."""
+    """As many heads at once as there are warps: each warp multiplies a head of its own.
+
+    One head of 64 tokens at a time is up to a third faster on an H100 for ranks above 16; other cards spill with it.
+    """
     if itemsize == 4:
         return _Tile(16, 4, 1, 8, 2)
     if rank > 64:
         return _Tile(16, 8, 1, 4, 2)
-    if rank == 0:
-        return _Tile(16, 8, 4, 4, 2)
-    return _Tile(16, 8, 2, 2, 3) if rank <= 16 else _Tile(64, 8, 1, 4, 3)
+    return _Tile(16, 8, 4, 4, 3 if 0 < rank <= 16 else 2)
 
 
 def _launch_options(

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from graft.recipe import LoraSettings
 from graft_worker import lora
 from graft_worker.base_model import load_base_model
-from graft_worker.batches import epoch_order, pad, rows_of_step
+from graft_worker.batches import epoch_order, pack, pad, rows_of_step
 from graft_worker.data import IGNORED, Row, encode_file
+from graft_worker.decoder import Decoder
 from graft_worker.spec import TrainingSpec
 from graft_worker.trainer import StepMetrics, learning_rate_at, train
 
@@ -107,3 +109,47 @@ def test_sixty_steps_follow_peft_and_bitsandbytes(
     assert early <= 5e-3
     assert mean <= 1e-2
     assert relative <= 5e-3
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_our_bf16_gradients_are_as_close_to_an_fp32_oracle_as_pefts(
+    use_rslora: bool, base_folder: Path, make_spec: Callable[..., TrainingSpec], device: str
+) -> None:
+    """PEFT as transformers' Trainer runs it with `bf16=True`: fp32 adapters under autocast."""
+    settings = LoraSettings(r=8, alpha=16, use_rslora=use_rslora)
+    base = load_base_model(base_folder, quantization="nf4", device=device, compute_dtype=torch.bfloat16)
+    adapter = lora.attach(base.model, settings, 3)
+    generator = torch.Generator().manual_seed(4)
+    for layer in adapter.layers.values():
+        assert layer.lora_B is not None
+        layer.lora_B.data.copy_(0.05 * torch.randn(layer.lora_B.shape, generator=generator))
+    rows = list(encode_file(make_spec().training_file, base.tokenizer, max_seq_length=128).rows)
+    normaliser = sum(row.num_trained for row in rows)
+    decoder = Decoder(base.model, max_positions=256)
+    decoder.attach_gradients()
+    for first in range(0, len(rows), 8):
+        decoder.accumulate(pack(rows[first : first + 8], 64, 0).to(torch.device(device)), normaliser)
+    ours = dict(zip(adapter.state_dict(), [part.grad for part in adapter.parameters()], strict=True))
+
+    def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        model = reference_model(base_folder, settings, dtype, device)
+        peft.set_peft_model_state_dict(model, adapter.state_dict())
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for loss in losses(model, rows, 8):
+                (loss / normaliser).backward()
+        named = {name.replace(".default", ""): part.grad for name, part in model.named_parameters()}
+        return {name: named[name] for name in ours}
+
+    oracle, theirs = gradients(torch.float32), gradients(torch.bfloat16)
+
+    def error(found: dict[str, Any]) -> float:
+        off = sum((found[name].double() - oracle[name].double()).norm() ** 2 for name in oracle)
+        whole = sum(part.double().norm() ** 2 for part in oracle.values())
+        return float((off / whole) ** 0.5)
+
+    worst = max(((ours[name] - oracle[name]).norm() / oracle[name].norm()).item() for name in oracle)  # type: ignore[operator]
+    cosine = min(F.cosine_similarity(ours[name].flatten(), oracle[name].flatten(), dim=0).item() for name in oracle)  # type: ignore[union-attr]
+    print(f"error of ours {error(ours):.2e}, of PEFT's {error(theirs):.2e}; worst {worst:.2e}, cosine {cosine:.5f}")
+    assert error(ours) <= 1.1 * error(theirs)
+    assert worst <= 0.04
+    assert cosine >= 0.999

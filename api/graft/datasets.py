@@ -1,78 +1,257 @@
-"""Reading chat JSONL line by line: what is wrong, on which line, and how to mend it.
+"""Reading a training file line by line: what is wrong, on which line, and how to mend it.
 
-The rules are OpenAI's for supervised chat fine-tuning. The reader streams: one line is held at a time.
+Four formats, told by their content: `chat` (OpenAI's supervised rows), `completion` (prompt and completion), `text`,
+and `preference` (OpenAI's pairs). The reader streams: it holds a block of the file and the counts; what grows with the
+number of rows goes to a temporary file.
+
+    python -m graft.datasets < train.jsonl      # {"report": ..., "summary": ...}
 """
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+import re
+import sys
+import tempfile
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
 
-from graft.strict_json import StrictJsonError, loads
+import orjson
+
+from graft import strict_json
+from graft.strict_json import StrictJsonError
 
 MAX_LINE = 1024 * 1024
-KEPT_ERRORS = 100
+MAX_LINES = 20_000_000
+MAX_EMPTY_LINES = 1_000_000
+LONG_LINE = 128 * 1024  # some 32,000 tokens of English
+KEPT_ERRORS = 1000
+KEPT_LINES = 10  # of a warning
 NAME_SHOWN = 64  # of a field's name, which may be as long as its line
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_EXAMPLE_FIELDS = {"messages", "tools", "parallel_tool_calls"}
-_MESSAGE_FIELDS = {"role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content"}
+Format = Literal["chat", "completion", "text", "preference"]
 
-# The first bytes of formats that people upload under a .jsonl name, and what to do about each.
-_MAGIC = (
-    (b"PK\x03\x04", "a ZIP archive", "Unpack it and upload the .jsonl inside."),
-    (b"\x1f\x8b", "gzip-compressed", "Unpack it with `gunzip` and upload the .jsonl."),
-    (
-        b"PAR1",
-        "a Parquet file",
-        "Export it as JSON lines, for example `df.to_json(path, orient='records', lines=True)`.",
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+class Code(NamedTuple):
+    """What a code means, and how to mend it where the fault itself does not say."""
+
+    meaning: str
+    hint: str
+
+
+_DUMP = "Write each row with a JSON library, such as `json.dumps(row)`, and one line end after it."
+
+CODES: dict[str, Code] = {
+    "not_jsonl": Code("The file is not JSON lines at all.", "Upload JSON lines: one row a line."),
+    "empty_file": Code("The file has no rows.", "Write one row a line, and check that the export has finished."),
+    "too_many_lines": Code(
+        f"More than {MAX_EMPTY_LINES:,} empty lines, or more than {MAX_LINES:,} lines; reading stops there.",
+        "Take the empty lines out, or split the file.",
     ),
-    (b"%PDF", "a PDF document", "Upload JSON lines, one conversation a line."),
-    (b"\x89PNG", "a PNG image", "Upload JSON lines, one conversation a line."),
-    (b"\xff\xfe", "UTF-16 text", "Save it as UTF-8."),
-    (b"\xfe\xff", "UTF-16 text", "Save it as UTF-8."),
-)
+    "line_too_long": Code(
+        f"A line is over {MAX_LINE:,} bytes.",
+        "Split the conversation, or look for a missing line end.",
+    ),
+    "mixed_formats": Code("Rows of different formats in one file.", "Write one file for each format."),
+    "invalid_json": Code("The line is not JSON.", _DUMP),
+    "invalid_utf8": Code("The line is not UTF-8.", "Save the file as UTF-8."),
+    "invalid_encoding": Code(
+        "The line holds NUL bytes, as UTF-16 does.", "Save the file as UTF-8, or take the NUL bytes out."
+    ),
+    "invalid_unicode": Code(
+        "A string holds half of a surrogate pair.",
+        "A text was cut in the middle of an emoji or a rare character, as a rule; cut it elsewhere.",
+    ),
+    "invalid_character": Code("A string holds the NUL character.", "Take it out."),
+    "duplicate_key": Code("An object has the same key twice.", "Keep one of the two; which is meant cannot be told."),
+    "number_out_of_range": Code(
+        "A number is too large.", "Write it as text if it is an identifier, or with fewer digits."
+    ),
+    "too_deep": Code(
+        f"Values are nested more than {strict_json.MAX_DEPTH} deep.", "Flatten them, or write the inner part as text."
+    ),
+    "invalid_example": Code("The row is not an object.", 'Write {"messages": [...]}.'),
+    "missing_messages": Code(
+        "The row has none of the known formats, or its list of messages is missing or empty.",
+        'Write {"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.',
+    ),
+    "unknown_field": Code(
+        "A field that the format does not have.", "Take it out, or check its spelling: it would be ignored."
+    ),
+    "invalid_message": Code("A field of a message has the wrong value.", "See the message for what the field must be."),
+    "no_assistant_message": Code(
+        "There is no assistant message to learn from.", "End the conversation with the answer to be learnt."
+    ),
+    "invalid_tools": Code(
+        "`tools` or `parallel_tool_calls` has the wrong value.",
+        'Write {"type": "function", "function": {"name": "...", "parameters": {...}}} for each tool.',
+    ),
+    "unpaired_tool_call": Code(
+        "A tool call without its result, or a result without its call.",
+        "Follow an assistant turn that calls tools with one tool message for each call, with the call's id as its "
+        "`tool_call_id`. Only the last calls of a row may be without results.",
+    ),
+    "invalid_text": Code("`prompt`, `completion` or `text` has the wrong value.", "Write text that is not empty."),
+    "invalid_preference": Code(
+        "A preference pair is not in OpenAI's shape.",
+        'Write {"input": {"messages": [...]}, "preferred_output": [{"role": "assistant", ...}], '
+        '"non_preferred_output": [{"role": "assistant", ...}]}.',
+    ),
+}
+
+WARNINGS: dict[str, Code] = {
+    "duplicate_rows": Code("Rows that repeat an earlier row.", "Take them out, unless they are to weigh more."),
+    "nothing_to_learn": Code(
+        "Rows in which every assistant message has weight 0.", "Give the turns to be learnt weight 1, or none."
+    ),
+    "empty_system_text": Code(
+        "Rows with a system or developer message without text.", "Write the text, or leave the message out."
+    ),
+    "long_lines": Code(
+        f"Lines over {LONG_LINE:,} bytes.",
+        "They may be longer than the context of the base model; see what the truncation policy does with them.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """One fault. `path` is the place inside the row (`messages[2].role`), empty when it is the row itself."""
+    """One fault. `path` is the place inside the row (`messages[2].role`), empty when it is the row itself; `message`
+    says what is wrong, `hint` how to mend it.
+    """
 
     line: int
     path: str
     code: str
     message: str
+    hint: str
 
     def __str__(self) -> str:
         where = f"line {self.line}, {self.path}" if self.path else f"line {self.line}"
-        return f"{where}: {self.message}"
+        return f"{where}: {self.message} {self.hint}"
+
+
+class InvalidRow(ValueError):
+    """A row of a file that should have none such; `error` says where and what."""
+
+    def __init__(self, error: RowError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Faults(list[RowError]):
+    """The faults of one line."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+
+    def add(self, path: str, code: str, message: str, hint: str = "") -> None:
+        self.append(RowError(self.line, path, code, message, hint or CODES[code].hint))
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Warning:
+    """What deserves a look in a file that can be trained on: in how many rows, and the lines of the first."""
+
+    code: str
+    message: str
+    hint: str
+    count: int
+    lines: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long rows are, in characters of text.
+
+    `histogram` has (bound, rows) for the bounds 1, 2, 4, 8, ...: the rows shorter than it, but not than the one before.
+    """
+
+    min: int = 0
+    p50: int = 0
+    p90: int = 0
+    p99: int = 0
+    max: int = 0
+    histogram: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, counts: dict[int, int]) -> Lengths:
+        """From the number of rows of each length."""
+        if not counts:
+            return cls()
+        ordered = sorted(counts.items())
+        rows = sum(counts.values())
+
+        def quantile(percent: int) -> int:
+            """The smallest length that at least so many of the rows do not exceed."""
+            needed = percent * rows
+            for length, count in ordered:
+                needed -= 100 * count
+                if needed <= 0:
+                    return length
+            return ordered[-1][0]
+
+        buckets: Counter[int] = Counter()
+        for length, count in ordered:
+            buckets[length.bit_length()] += count
+        histogram = [(1 << bits, buckets[bits]) for bits in range(min(buckets), max(buckets) + 1)]
+        return cls(ordered[0][0], quantile(50), quantile(90), quantile(99), ordered[-1][0], histogram)
 
 
 @dataclass(slots=True)
 class Report:
-    """What one pass over a file found. `errors` holds the first of them; `error_count` all."""
+    """What one pass over a file found.
+
+    `errors` holds the first faults; `error_count` and `error_codes` count all. `rows` and `bytes` are the whole file's.
+    Turns by role, characters (of text, not of the JSON around it), lengths and warnings are of rows without a fault.
+    """
 
     rows: int = 0
-    messages: int = 0
+    format: Format | None = None
+    turns: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
     characters: int = 0
+    bytes: int = 0
     error_count: int = 0
     errors: list[RowError] = field(default_factory=list)
+    error_codes: Counter[str] = field(default_factory=Counter)
+    warnings: list[Warning] = field(default_factory=list)
+    lengths: Lengths = field(default_factory=Lengths)
 
-    def add(self, error: RowError) -> None:
-        self.error_count += 1
-        if len(self.errors) < KEPT_ERRORS:
-            self.errors.append(error)
+    @property
+    def messages(self) -> int:
+        """Turns of all roles."""
+        return sum(self.turns.values())
+
+    def add(self, faults: list[RowError]) -> None:
+        self.error_count += len(faults)
+        self.error_codes.update(fault.code for fault in faults)
+        self.errors += faults[: KEPT_ERRORS - len(self.errors)]
 
     def to_json(self) -> dict[str, Any]:
         """For the file's row in the database."""
         return {
             "rows": self.rows,
+            "format": self.format,
             "messages": self.messages,
+            "turns": self.turns,
             "characters": self.characters,
+            "bytes": self.bytes,
             "error_count": self.error_count,
-            "errors": [{"line": e.line, "path": e.path, "code": e.code, "message": e.message} for e in self.errors],
+            "error_codes": dict(self.error_codes),
+            "errors": [asdict(error) for error in self.errors],
+            "warnings": [asdict(warning) for warning in self.warnings],
+            "lengths": asdict(self.lengths),
         }
 
     def summary(self, most: int = 3) -> str:
@@ -82,172 +261,742 @@ class Report:
         return shown + (f"; and {more} more" if more > 0 else "")
 
 
+# A file ---------------------------------------------------------------------------------------------------------------
+
+
 def examine(file: BinaryIO) -> Report:
-    """Read a whole training file, from its beginning, and report on it; never raises for what the file contains."""
+    """Read a whole training file from where it stands, and report on it; never raises for what the file contains.
+
+    Reading stops early where the rest could say nothing new: a file that is not JSON lines, or has too many lines.
+    """
     report = Report()
-    start = file.read(8)
-    file.seek(0)
-    for magic, what, mend in _MAGIC:
-        if start.startswith(magic):
-            report.add(RowError(1, "", "not_jsonl", f"this is {what}, not JSON lines. {mend}"))
-            return report
-    for number, line in _lines(file):
-        if line is None:
-            report.add(
-                RowError(number, "", "line_too_long", f"the line is over {MAX_LINE} bytes; split the conversation.")
-            )
-            continue
-        if not line.strip():
-            continue
+    start = file.read(_BLOCK)
+    if foreign := _foreign(start):
+        report.bytes = len(start)
+        report.add(foreign)
+        return report
+    formats: dict[Format, int] = {}  # with the first line of each
+    lengths: dict[int, int] = defaultdict(int)
+    digests, warned = _Digests(), _Warned()
+    turns = report.turns
+    lines = _Lines(file, start)
+    for number, line in lines:
         report.rows += 1
-        try:
-            row = loads(line)
-        except StrictJsonError as error:
-            problem = _unreadable(line, number, error)
-            report.add(problem)
-            if problem.code == "not_jsonl":
-                return report
+        if quick := None if line is None else _read_quickly(line):
+            row, facts = quick
+            faults = None
+        else:
+            row, faults = _read(line, number)
+            facts = None if faults else _facts(row)
+        found = facts.format if facts else row_format(row)
+        if found is not None and found not in formats:
+            formats[found] = number
+            if len(formats) > 1:
+                report.add(_mixed(formats, number))
+        if facts is None:
+            report.add(faults or [])
+            if report.error_codes["not_jsonl"]:
+                break
             continue
-        for fault in check_row(row, number):
-            report.add(fault)
-        if isinstance(row, dict) and isinstance(row.get("messages"), list):
-            report.messages += len(row["messages"])
-        report.characters += len(line)
+        for role in facts.roles:
+            turns[role] += 1
+        report.characters += facts.characters
+        lengths[facts.characters] += 1
+        digests.add(facts.digest, number)
+        if facts.warnings:
+            warned.add(number, *facts.warnings)
+        if line is not None and len(line) > LONG_LINE:
+            warned.add(number, "long_lines")
+    report.add(lines.too_many())
     if report.rows == 0 and report.error_count == 0:
-        report.add(RowError(1, "", "empty_file", "the file has no rows."))
+        nothing = _Faults(1)
+        nothing.add("", "empty_file", "the file has no rows.")
+        report.add(nothing)
+    report.format = next(iter(formats), None)
+    report.bytes = lines.bytes
+    report.lengths = Lengths.of(lengths)
+    report.warnings = [*_repeated(digests), *warned.all()]
     return report
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines without their ends; None for one that is too long. A byte-order mark is dropped."""
-    number = 0
-    while line := file.readline(MAX_LINE + 2):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        text = line.rstrip(b"\r\n")
-        if len(text) <= MAX_LINE:
-            yield number, text
+def read_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file that `examine` found good, each with its line number; read as they are asked for.
+
+    Raises:
+        InvalidRow: for a row that has a fault after all, naming its line.
+    """
+    for number, row, _ in _read_facts(file):
+        yield number, row
+
+
+def duplicates_between(training: BinaryIO, validation: BinaryIO) -> tuple[int, list[int]]:
+    """How many rows of the training file stand in the validation file too, and the training file's first such lines.
+
+    Two rows are the same when their values are, however they are spaced and whatever the order of their keys.
+
+    Raises:
+        InvalidRow: for a row that has a fault, naming its line.
+    """
+    ours, theirs = _Digests(), _Digests()
+    for digests, file in ((theirs, validation), (ours, training)):
+        for number, _, facts in _read_facts(file):
+            digests.add(facts.digest, number)
+    count = 0
+    lines: list[int] = []
+    for part, held_out in zip(ours.parts(), theirs.parts(), strict=True):
+        known = {digest for digest, _ in held_out}
+        found = 0
+        for digest, number in part:
+            if digest in known:
+                found += 1
+                if found <= KEPT_LINES:
+                    lines.append(number)
+        count += found
+    return count, sorted(lines)[:KEPT_LINES]
+
+
+def _read_facts(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], _Facts]]:
+    for number, line in _Lines(file):
+        if quick := None if line is None else _read_quickly(line):
+            yield number, *quick
             continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE)
-        yield number, None
+        row, faults = _read(line, number)
+        if faults:
+            raise InvalidRow(faults[0])
+        yield number, row, _facts(row)
 
 
-def _unreadable(line: bytes, number: int, error: StrictJsonError) -> RowError:
-    text = line.strip()
-    if number == 1 and error.code == "invalid_json" and (text == b"{" or text.startswith(b"[")):
-        spread = "the file is one JSON value over several lines. Write each conversation as one line, without a list."
-        return RowError(number, "", "not_jsonl", spread)
-    return RowError(number, "", error.code, error.message)
+def _mixed(formats: dict[Format, int], line: int) -> _Faults:
+    (first, first_line), *_, (other, _) = formats.items()
+    faults = _Faults(line)
+    faults.add("", "mixed_formats", f"the row is of the format '{other}', line {first_line} is of '{first}'.")
+    return faults
 
 
-def check_row(row: Any, line: int) -> Iterator[RowError]:
-    """The faults of one parsed row."""
+_BLOCK = 256 * 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-    def fault(path: str, code: str, message: str) -> RowError:
-        return RowError(line, path, code, message)
 
-    if isinstance(row, list) and line == 1:
-        yield fault(
-            "", "not_jsonl", "the line is a JSON list. Write each conversation as one line, without the outer list."
+class _Lines:
+    """Numbered lines without their ends; None for one that is too long. A byte-order mark and empty lines are dropped.
+
+    After the last, `bytes` is the size of what was read.
+    """
+
+    def __init__(self, file: BinaryIO, start: bytes = b"") -> None:
+        self._blocks = chain((start,) if start else (), iter(lambda: file.read(_BLOCK), b""))
+        self._number = 0
+        self._num_empty = 0
+        self.bytes = 0
+
+    def too_many(self) -> _Faults:
+        """Why reading stopped before the end of the file, if it did."""
+        faults = _Faults(self._number)
+        if self._num_empty > MAX_EMPTY_LINES:
+            faults.add("", "too_many_lines", f"the file has more than {MAX_EMPTY_LINES:,} empty lines.")
+        elif self._number > MAX_LINES:
+            faults.add("", "too_many_lines", f"the file has more than {MAX_LINES:,} lines.")
+        return faults
+
+    def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
+        for number, line in enumerate(self._split(), start=1):
+            self._number = number
+            if line is not None:
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = line.rstrip(b"\r")
+                if len(line) > MAX_LINE:
+                    line = None
+                elif not line or line.isspace():
+                    self._num_empty += 1
+                    if self._num_empty > MAX_EMPTY_LINES:
+                        return
+                    continue
+            if number > MAX_LINES:
+                return
+            yield number, line
+
+    def _split(self) -> Iterator[bytes | None]:
+        """Lines with what is left of their ends; None for one that is longer than any good one with its end."""
+        rest = b""
+        skipping = False  # inside a line that is too long
+        for block in self._blocks:
+            self.bytes += len(block)
+            lines = block.split(b"\n")
+            if len(lines) > 1:
+                yield None if skipping else rest + lines[0]
+                rest, skipping = b"", False
+                yield from lines[1:-1]
+            if not skipping:
+                rest += lines[-1]
+                if len(rest) > MAX_LINE + len(_BYTE_ORDER_MARK + b"\r"):
+                    rest, skipping = b"", True
+        if skipping:
+            yield None
+        elif rest:
+            yield rest
+
+
+# The first bytes of what people upload under a .jsonl name, what it is, and what to do about it.
+_JSON_LINES = "Upload JSON lines: one row a line."
+_PARQUET = "pandas.read_parquet(path).to_json(out, orient='records', lines=True, force_ascii=False)"
+_MAGIC = (
+    (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it and upload the .jsonl inside."),
+    (b"\x1f\x8b", "gzip-compressed", "Unpack it with `gunzip` and upload the .jsonl."),
+    (b"BZh", "bzip2-compressed", "Unpack it with `bunzip2` and upload the .jsonl."),
+    (b"\xfd7zXZ\x00", "xz-compressed", "Unpack it with `unxz` and upload the .jsonl."),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed", "Unpack it with `unzstd` and upload the .jsonl."),
+    (b"PAR1", "a Parquet file", f"Export it: `{_PARQUET}`."),
+    (b"ARROW1", "an Arrow file", "Export it: `datasets.Dataset.from_file(path).to_json(out)`."),
+    (b"SQLite format 3\x00", "an SQLite database", "Export its rows as JSON lines."),
+    (b"%PDF", "a PDF document", _JSON_LINES),
+    (b"\x89PNG", "a PNG image", _JSON_LINES),
+    (b"\xff\xd8\xff", "a JPEG image", _JSON_LINES),
+    (b"\xff\xfe", "UTF-16 text", "Save it as UTF-8."),
+    (b"\xfe\xff", "UTF-16 text", "Save it as UTF-8."),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file", "Fetch the file with `git lfs pull`."),
+    (b"<", "HTML or XML", "Look whether a login or error page was saved in place of the file."),
+)
+_COLUMN = re.compile(r"[^\W\d][\w .-]{0,63}")
+
+
+def _foreign(start: bytes) -> _Faults:
+    """What is wrong with a file that its beginning shows to be something else than JSON lines."""
+    faults = _Faults(1)
+    for magic, what, hint in _MAGIC:
+        if start.startswith(magic):
+            faults.add("", "not_jsonl", f"this is {what}, not JSON lines.", hint)
+            return faults
+    if b"\x00" in start[:4]:
+        faults.add("", "not_jsonl", "this is UTF-16 text or binary data, not JSON lines.", "Save it as UTF-8 text.")
+    elif columns := _columns(start):
+        kind, names = columns
+        reader = "read_table" if kind == "TSV" else "read_csv"
+        faults.add(
+            "",
+            "not_jsonl",
+            f"this is a {kind} table with the columns {', '.join(names)[:NAME_SHOWN]}, not JSON lines.",
+            'Write one object a line, such as {"prompt": "...", "completion": "..."}: '
+            f"`pandas.{reader}(path).to_json(out, orient='records', lines=True, force_ascii=False)`.",
         )
-        return
-    if not isinstance(row, dict):
-        yield fault("", "invalid_example", f"a row must be an object with 'messages', this is {_kind(row)}.")
-        return
-    if "messages" not in row:
-        if {"prompt", "completion"} <= row.keys():
-            yield fault(
-                "",
-                "unsupported_format",
-                'prompt/completion rows: write {"messages": [{"role": "user", "content": prompt}, '
-                '{"role": "assistant", "content": completion}]}.',
-            )
-        elif {"input", "preferred_output"} <= row.keys():
-            yield fault(
-                "", "unsupported_format", "preference pairs cannot be trained on yet; upload chat rows with 'messages'."
-            )
-        else:
-            has = ", ".join(name[:NAME_SHOWN] for name in sorted(row)[:8]) or "nothing"
-            yield fault("", "missing_messages", f"'messages' is missing; the row has {has}.")
-        return
-    for name in sorted(row.keys() - _EXAMPLE_FIELDS):
-        yield fault(
-            name[:NAME_SHOWN], "unknown_field", f"unknown field; a row has {', '.join(sorted(_EXAMPLE_FIELDS))}."
-        )
-    tools = row.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        yield fault("tools", "invalid_tools", "must be a list of tool objects.")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        yield fault("messages", "missing_messages", "must be a list with at least one message.")
-        return
-    for index, message in enumerate(messages):
-        yield from _check_message(message, f"messages[{index}]", line)
-    if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in messages):
-        yield fault("messages", "no_assistant_message", "there is no assistant message to learn from.")
+    return faults
 
 
-def _check_message(message: Any, path: str, line: int) -> Iterator[RowError]:
-    def fault(name: str, text: str, code: str = "invalid_message") -> RowError:
-        return RowError(line, f"{path}.{name}" if name else path, code, text)
-
-    if not isinstance(message, dict):
-        yield fault("", f"a message must be an object, this is {_kind(message)}.")
-        return
-    for name in sorted(message.keys() - _MESSAGE_FIELDS):
-        yield fault(
-            name[:NAME_SHOWN], f"unknown field; a message has {', '.join(sorted(_MESSAGE_FIELDS))}.", "unknown_field"
-        )
-    role = message.get("role")
-    if role not in ROLES:
-        yield fault("role", f"must be one of {', '.join(ROLES)}, this is {_shown(role)}.")
-        return
-    content = message.get("content")
-    calls = message.get("tool_calls")
-    if calls is not None and (role != "assistant" or not isinstance(calls, list) or not calls):
-        yield fault("tool_calls", "must be a list with at least one call, in an assistant message.")
-    for number, call in enumerate(calls if isinstance(calls, list) else []):
-        if problem := _call_problem(call):
-            yield fault(f"tool_calls[{number}]", problem)
-    if content is None:
-        if not (role == "assistant" and calls):
-            yield fault("content", "is missing; write text (an assistant message with tool_calls may leave it out).")
-    elif isinstance(content, list):
-        for number, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                yield fault(f"content[{number}]", 'only text parts can be trained on: {"type": "text", "text": "..."}.')
-    elif not isinstance(content, str):
-        yield fault("content", f"must be text or a list of text parts, this is {_kind(content)}.")
-    elif not content and role == "assistant" and not calls:
-        yield fault("content", "is empty: there is nothing to learn. Write the answer, or take the row out.")
-    weight = message.get("weight")
-    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-        yield fault("weight", "must be 0 or 1, and only an assistant message has one.")
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        yield fault("tool_call_id", "a tool message must name the call it answers.")
-
-
-def _call_problem(call: Any) -> str | None:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return 'must be {"id": "...", "type": "function", "function": {"name": "...", "arguments": "..."}}.'
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
+def _columns(start: bytes) -> tuple[str, list[str]] | None:
+    """CSV or TSV, and the names in its first line, if that is what the file begins with."""
+    line = start[:4096].removeprefix(_BYTE_ORDER_MARK).lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
+    if line.startswith(("{", "[")):
+        return None
+    for delimiter, kind in ((",", "CSV"), (";", "CSV"), ("\t", "TSV")):
         try:
-            json.loads(arguments)
-        except (ValueError, RecursionError):
-            return "the arguments are not JSON."
-    elif not isinstance(arguments, dict):
-        return "the arguments must be JSON in a string, or an object."
+            names = next(csv.reader([line], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        if len(names) > 1 and all(_COLUMN.fullmatch(name.strip()) for name in names):
+            return kind, names
     return None
 
 
+# A line ---------------------------------------------------------------------------------------------------------------
+
+
+class _Facts(NamedTuple):
+    """What is counted of a row without a fault. `digest` is the same for rows of the same value, 64 bits."""
+
+    format: Format
+    roles: list[str]
+    characters: int
+    warnings: tuple[str, ...]
+    digest: int
+
+
+def _read(line: bytes | None, number: int) -> tuple[Any, list[RowError]]:
+    """The value of a line (None if it cannot be read), and its faults."""
+    faults = _Faults(number)
+    if line is None:
+        faults.add("", "line_too_long", f"the line is over {MAX_LINE:,} bytes.")
+        return None, faults
+    try:
+        row = strict_json.loads(line)
+    except StrictJsonError as error:
+        text = line.strip()
+        if number == 1 and error.code == "invalid_json" and (text.startswith(b"[") or _SPREAD.match(text)):
+            faults.add("", "not_jsonl", "the file is one JSON value over several lines.", _AS_LINES)
+        else:
+            hint = _json_hint(text, error.message) if error.code == "invalid_json" else ""
+            faults.add("", error.code, error.message, hint)
+        return None, faults
+    if number == 1 and isinstance(row, list):
+        faults.add("", "not_jsonl", "the line is a JSON list.", f"Take the outer list away. {_AS_LINES}")
+        return row, faults
+    return row, check_row(row, number)
+
+
+# An object that is opened and left open at the end of its line, as pretty-printed JSON is.
+_SPREAD = re.compile(rb"\{(.*[{\[,:])?\Z", re.DOTALL)
+_AS_LINES = (
+    "Write each row as one line: `jq -c '.[]' in.json > out.jsonl` for a list, `jq -c . in.json > out.jsonl` for "
+    "objects one after another."
+)
+
+
+def _json_hint(text: bytes, message: str) -> str:
+    if text.startswith(_BYTE_ORDER_MARK):
+        return "Files were joined, each with its byte-order mark; take the mark out."
+    if "Extra data" in message:
+        return "Give each row its own line; something stands behind the first value."
+    if text.startswith(b"{'"):
+        return "This is a Python dict, not JSON: write it with `json.dumps(row)`."
+    return ""
+
+
+def _read_quickly(line: bytes) -> tuple[dict[str, Any], _Facts] | None:
+    """A plain chat row without a fault and its facts; None where the line is anything else, or may be."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    plain = _plain(row)
+    if plain is None:
+        return None
+    facts, colons = plain
+    return (row, facts) if strict_json.agree(line, colons) else None
+
+
+_PLAIN_ROLES = frozenset(("system", "developer", "user", "assistant"))
+
+
+def _plain(row: Any) -> tuple[_Facts, int] | None:
+    """The facts of a row with nothing in it but messages of role and text, and perhaps a weight, that has no fault and
+    deserves no warning but for its weights; and the colons that `strict_json.agree` asks for. None for any other row.
+    """
+    # Nearly all rows of nearly all files are of this kind, and this is where the time goes: these few lines, which loop
+    # in C, answer for `check_row`, for the walk of `strict_json.loads` and for `_facts`.
+    try:
+        messages = row["messages"]
+        if len(row) != 1:
+            return None
+        roles = [message["role"] for message in messages]
+        texts = [message["content"] for message in messages]
+        text = "".join(texts)
+        if not _PLAIN_ROLES.issuperset(roles) or "assistant" not in roles or "" in texts or "\x00" in text:
+            return None
+        size = sum(map(len, messages))
+        weighted: list[int] = []
+        weights: list[int] = []
+        if size != 2 * len(roles):
+            weighted = [number for number, message in enumerate(messages) if len(message) != 2]
+            weights = [messages[number]["weight"] for number in weighted]
+            if not all(type(weight) is int and 0 <= weight <= 1 for weight in weights):
+                return None
+            if any(len(messages[number]) != 3 or roles[number] != "assistant" for number in weighted):
+                return None
+    except (KeyError, TypeError):
+        return None
+    learns = not weights or 1 in weights or len(weights) < roles.count("assistant")
+    digest = hash((*roles, *texts, *weighted, *weights))
+    facts = _Facts("chat", roles, len(text), () if learns else ("nothing_to_learn",), digest)
+    return facts, 1 + size + text.count(":")
+
+
+def _facts(row: dict[str, Any]) -> _Facts:
+    """The facts of any row without a fault."""
+    if plain := _plain(row):
+        return plain[0]
+    form = row_format(row)
+    assert form is not None
+    messages: list[dict[str, Any]] = []
+    warnings = []
+    characters = 0
+    if form == "chat":
+        messages = row["messages"]
+        if all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
+            warnings.append("nothing_to_learn")
+        if any(message["role"] in ("system", "developer") and not _text_of(message) for message in messages):
+            warnings.append("empty_system_text")
+    elif form == "preference":
+        messages = [*row["input"]["messages"], *row["preferred_output"], *row["non_preferred_output"]]
+    elif form == "completion":
+        characters = len(row["prompt"]) + len(row["completion"])
+    else:
+        characters = len(row["text"])
+    for message in messages:
+        characters += len(_text_of(message)) + sum(len(message[name] or "") for name in _REASONING if name in message)
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"].get("arguments", "")
+            characters += len(call["function"]["name"])
+            characters += len(arguments if isinstance(arguments, str) else json.dumps(arguments))
+    try:
+        content = orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # an integer past 64 bits
+        content = json.dumps(row, sort_keys=True).encode()
+    return _Facts(form, [message["role"] for message in messages], characters, tuple(warnings), hash(content))
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+# A row ----------------------------------------------------------------------------------------------------------------
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_FIELDS: dict[Format, frozenset[str]] = {
+    "chat": frozenset(("messages", "tools", "parallel_tool_calls")),
+    "completion": frozenset(("prompt", "completion")),
+    "text": frozenset(("text",)),
+    "preference": frozenset(("input", "preferred_output", "non_preferred_output")),
+}
+_MESSAGE_FIELDS = frozenset(("role", "content", "name", "weight", "tool_calls", "tool_call_id", *_REASONING))
+
+# What people bring from elsewhere, and what it is called here.
+_OTHER_SHAPES = (
+    (
+        {"conversations"},
+        'This is ShareGPT\'s shape: write {"messages": [{"role": "user", "content": value}, ...]}, with "human" as '
+        '"user" and "gpt" as "assistant".',
+    ),
+    (
+        {"instruction", "output"},
+        'This is Alpaca\'s shape: write {"messages": [{"role": "user", "content": instruction and input}, '
+        '{"role": "assistant", "content": output}]}.',
+    ),
+    (
+        {"chosen", "rejected"},
+        'Write {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}.',
+    ),
+    ({"custom_id", "body"}, 'This is a row of a batch; a training row has "messages".'),
+)
+_OTHER_FIELDS = {
+    "function_call": "Write `tool_calls`, each with an id, and its result as a tool message.",
+    "functions": "Write `tools`.",
+    "from": "Write `role`.",
+    "value": "Write `content`.",
+    "train": "Write `weight`, 0 or 1.",
+}
+_OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
+
+
+def row_format(row: Any) -> Format | None:
+    """The format that a row is meant to have, faults or not; None if its fields belong to none."""
+    if not isinstance(row, dict):
+        return None
+    if "messages" in row:
+        return "chat"
+    if "preferred_output" in row or "non_preferred_output" in row:
+        return "preference"
+    if "chosen" in row:  # with a prompt, as other trainers write preferences
+        return None
+    if "prompt" in row or "completion" in row:
+        return "completion"
+    return "text" if "text" in row else None
+
+
+def check_row(row: Any, line: int) -> list[RowError]:
+    """The faults of one parsed row; `line` is its number in the file."""
+    faults = _Faults(line)
+    if not isinstance(row, dict):
+        faults.add("", "invalid_example", f"a row must be an object, this is {_kind(row)}.")
+        return faults
+    form = row_format(row)
+    if form is None:
+        has = ", ".join(name[:NAME_SHOWN] for name in sorted(row)[:8]) or "nothing"
+        hint = next((hint for fields, hint in _OTHER_SHAPES if fields <= row.keys()), "")
+        faults.add("", "missing_messages", f"'messages' is missing; the row has {has}.", hint)
+        return faults
+    _check_fields(row, _FIELDS[form], "", faults)
+    if form == "chat":
+        _check_tools(row, "", faults)
+        if _check_messages(row["messages"], "messages", faults) and not _has_assistant(row["messages"]):
+            faults.add("messages", "no_assistant_message", "there is no assistant message to learn from.")
+    elif form == "preference":
+        _check_preference(row, faults)
+    elif form == "completion":
+        _check_text(row, "prompt", faults, may_be_empty=True)
+        _check_text(row, "completion", faults)
+    else:
+        _check_text(row, "text", faults)
+    return faults
+
+
+def _check_fields(value: dict[str, Any], known: frozenset[str], path: str, faults: _Faults) -> None:
+    if value.keys() <= known:
+        return
+    has = ", ".join(sorted(known))
+    for name in sorted(value.keys() - known):
+        hint = _OTHER_FIELDS.get(name, "")
+        faults.add(f"{path}{name[:NAME_SHOWN]}", "unknown_field", f"unknown field; there may be {has}.", hint)
+
+
+def _check_text(row: dict[str, Any], name: str, faults: _Faults, *, may_be_empty: bool = False) -> None:
+    text = row.get(name)
+    if not isinstance(text, str):
+        faults.add(name, "invalid_text", f"must be text, this is {'missing' if name not in row else _kind(text)}.")
+    elif not text and not may_be_empty:
+        faults.add(name, "invalid_text", "is empty: there is nothing to learn.", "Write it, or take the row out.")
+
+
+def _check_preference(row: dict[str, Any], faults: _Faults) -> None:
+    context = row.get("input")
+    earlier: list[Any] = []
+    if isinstance(context, dict):
+        _check_fields(context, _FIELDS["chat"], "input.", faults)
+        _check_tools(context, "input.", faults)
+        if _check_messages(context.get("messages"), "input.messages", faults):
+            earlier = context["messages"]
+    else:
+        faults.add("input", "invalid_preference", f"must be an object with messages, this is {_shown(context)}.")
+    outputs = ("preferred_output", "non_preferred_output")
+    for name in outputs:
+        messages = row.get(name)
+        if not isinstance(messages, list) or not messages:
+            faults.add(name, "invalid_preference", "must be a list with at least one message.")
+        elif _check_messages(messages, name, faults, earlier):
+            if not _has_assistant(messages):
+                faults.add(name, "invalid_preference", "there is no assistant message.")
+            for index, message in enumerate(messages):
+                if message["role"] not in ("assistant", "tool"):
+                    faults.add(f"{name}[{index}].role", "invalid_preference", "must be assistant or tool.", _INPUT)
+    if row.get(outputs[0]) and row.get(outputs[0]) == row.get(outputs[1]):
+        faults.add(outputs[1], "invalid_preference", "is the preferred answer: there is nothing to prefer.", _DIFFERENT)
+
+
+_INPUT = "What the user said belongs to the messages of 'input'."
+_DIFFERENT = "Write two different answers, or take the row out."
+
+
+def _check_tools(row: dict[str, Any], path: str, faults: _Faults) -> None:
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        faults.add(f"{path}tools", "invalid_tools", f"must be a list of tools, this is {_kind(tools)}.")
+        tools = None
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict):
+            faults.add(f"{path}tools[{index}]", "invalid_tools", f"a tool must be an object, this is {_kind(tool)}.")
+        elif "function" in tool and not _is_named(tool["function"]):
+            faults.add(f"{path}tools[{index}].function", "invalid_tools", "must be an object with a name.")
+    if not isinstance(row.get("parallel_tool_calls"), bool | None):
+        faults.add(f"{path}parallel_tool_calls", "invalid_tools", "must be true or false.", "Write true or false.")
+
+
+def _check_messages(messages: Any, path: str, faults: _Faults, earlier: Sequence[Any] = ()) -> bool:
+    """Whether it is a list of messages without a fault; `earlier` are the messages before them."""
+    if not isinstance(messages, list) or not messages:
+        faults.add(path, "missing_messages", "must be a list with at least one message.")
+        return False
+    before = len(faults)
+    for index, message in enumerate(messages):
+        _check_message(message, f"{path}[{index}]", faults)
+    if len(faults) == before and any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        _check_pairs(messages, path, faults, earlier)
+    return len(faults) == before
+
+
+def _check_message(message: Any, path: str, faults: _Faults) -> None:
+    def fault(name: str, text: str, hint: str = "") -> None:
+        faults.add(f"{path}.{name}", "invalid_message", text, hint)
+
+    if not isinstance(message, dict):
+        faults.add(path, "invalid_message", f"a message must be an object, this is {_kind(message)}.", _MESSAGE)
+        return
+    _check_fields(message, _MESSAGE_FIELDS, f"{path}.", faults)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        meant = _OTHER_ROLES.get(role, role.lower()) if isinstance(role, str) else ""
+        hint = f"Write '{meant}'." if meant in ROLES else "Write who speaks, in one of these words."
+        fault("role", f"must be one of {', '.join(ROLES)}, this is {_shown(role)}.", hint)
+        return
+    calls = message.get("tool_calls")
+    if calls is not None and (role != "assistant" or not isinstance(calls, list) or not calls):
+        fault("tool_calls", "must be a list with at least one call, in an assistant message.", _OR_NOT)
+    for number, call in enumerate(calls if isinstance(calls, list) else ()):
+        if problem := _call_problem(call):
+            fault(f"tool_calls[{number}]", problem, _CALL)
+    content = message.get("content")
+    if content is None:
+        if role != "assistant" or not calls:
+            fault("content", "is missing.", "Write text; only an assistant message with tool_calls needs none.")
+    elif isinstance(content, list):
+        for number, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                fault(f"content[{number}]", "only text parts can be trained on.", _PART)
+    elif not isinstance(content, str):
+        fault("content", f"must be text or a list of text parts, this is {_kind(content)}.", "Write it as text.")
+    if content is not None and role == "assistant" and not calls and _is_empty(content):
+        fault("content", "is empty: there is nothing to learn.", "Write the answer, or take the row out.")
+    weight = message.get("weight")
+    if weight is not None and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+        fault("weight", "must be 0 or 1, and only an assistant message has one.", _OR_NOT)
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        fault("tool_call_id", "a tool message must name the call it answers.", "Write the id of the call.")
+    if not isinstance(message.get("name"), str | None):
+        fault("name", f"must be text, this is {_kind(message['name'])}.", _OR_NOT)
+    for name in message.keys() & _REASONING_FIELDS:
+        if message[name] is not None and (role != "assistant" or not isinstance(message[name], str)):
+            fault(name, "must be text, and only an assistant message has it.", _OR_NOT)
+
+
+_REASONING_FIELDS = frozenset(_REASONING)
+_MESSAGE = 'Write {"role": "user", "content": "..."}.'
+_CALL = 'Write {"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}.'
+_PART = 'Write {"type": "text", "text": "..."}; images, sound and files have to be taken out.'
+_OR_NOT = "Leave it out where there is none."
+
+
+def _is_empty(content: Any) -> bool:
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and part.get("type") == "text" and part.get("text") == "" for part in content)
+    return bool(content == "")
+
+
+def _call_problem(call: Any) -> str | None:
+    if not isinstance(call, dict) or not _is_named(call.get("function")):
+        return "must be an object with a function that has a name."
+    if not isinstance(call.get("id"), str | None):
+        return "the id must be text."
+    arguments = call["function"].get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = strict_json.loads(arguments.encode())
+        except StrictJsonError as error:
+            return f"the arguments are not JSON: {error.message}"
+    return None if isinstance(arguments, dict) else "the arguments must be a JSON object, as text or as it is."
+
+
+def _is_named(function: Any) -> bool:
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _check_pairs(messages: list[Any], path: str, faults: _Faults, earlier: Sequence[Any]) -> None:
+    """Every result must belong to a call of the assistant turn before it; and if the row goes on, every call must have
+    its result. The messages are sound.
+    """
+    code = "unpaired_tool_call"
+    waiting: dict[str, str] = {}  # the paths of the calls without a result, by id
+    for index, message in enumerate([*earlier, *messages], start=-len(earlier)):
+        place = f"{path}[{index}]" if index >= 0 else path
+        if message["role"] == "tool":
+            answered = message["tool_call_id"]
+            if waiting.pop(answered, None) is None:
+                told = f"{_shown(answered)} is no call of the assistant turn before it that waits for a result."
+                faults.add(f"{place}.tool_call_id", code, told)
+            continue
+        for unanswered in waiting.values():
+            faults.add(unanswered, code, "the call has no result, and the row goes on.")
+        waiting = {}
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            call_place = f"{place}.tool_calls[{number}]"
+            if call.get("id") in waiting:
+                faults.add(f"{call_place}.id", code, f"{_shown(call['id'])} is the id of an earlier call of this turn.")
+            waiting[call.get("id") or call_place] = call_place  # without an id, no result can name it
+
+
+def _has_assistant(messages: list[Any]) -> bool:
+    return any(message["role"] == "assistant" for message in messages)
+
+
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def _shown(value: Any) -> str:
     return "missing" if value is None else json.dumps(value)[:40]
+
+
+# Warnings -------------------------------------------------------------------------------------------------------------
+
+
+class _Warned:
+    """The rows that each warning is about: how many, and the lines of the first."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lines: dict[str, list[int]] = defaultdict(list)
+
+    def add(self, line: int, *codes: str) -> None:
+        self._counts.update(codes)
+        for code in codes:
+            if len(self._lines[code]) < KEPT_LINES:
+                self._lines[code].append(line)
+
+    def all(self) -> Iterator[Warning]:
+        for code, (meaning, hint) in WARNINGS.items():
+            if count := self._counts[code]:
+                lines = self._lines[code]
+                yield Warning(code, f"{meaning} {count:,} in all, the first on line {lines[0]}.", hint, count, lines)
+
+
+def _repeated(digests: _Digests) -> Iterator[Warning]:
+    """The rows that repeat an earlier one. The count is exact but for different rows whose digests are the same by
+    chance: the odds of any such are one in 370,000 among ten million rows.
+    """
+    count = 0
+    pairs = []
+    for part in digests.parts():
+        first: dict[int, int] = {}
+        found = 0
+        for digest, line in part:
+            original = first.setdefault(digest, line)
+            if original != line:
+                found += 1
+                if found <= KEPT_LINES:
+                    pairs.append((line, original))
+        count += found
+    if count:
+        pairs = sorted(pairs)[:KEPT_LINES]
+        meaning, hint = WARNINGS["duplicate_rows"]
+        message = f"{meaning} {count:,} in all; the first is line {pairs[0][0]}, as line {pairs[0][1]}."
+        yield Warning("duplicate_rows", message, hint, count, [line for line, _ in pairs])
+
+
+class _Digests:
+    """A digest for each line, by parts: all lines of one digest are in one part, in their order.
+
+    What is held is written to a temporary file whenever it comes to `_HELD` lines (8 MiB).
+    """
+
+    _PARTS = 512
+    _HELD = 1 << 19
+
+    def __init__(self) -> None:
+        self._parts = [array("q") for _ in range(self._PARTS)]
+        self._segments: list[list[tuple[int, int]]] = [[] for _ in range(self._PARTS)]
+        self._held = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, digest: int, line: int) -> None:
+        part = self._parts[digest % self._PARTS]
+        part.append(digest)
+        part.append(line)
+        self._held += 1
+        if self._held == self._HELD:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it goes with this object)
+        for part, segments in zip(self._parts, self._segments, strict=True):
+            segments.append((self._file.tell(), len(part)))
+            self._file.write(part)
+            del part[:]
+        self._held = 0
+
+    def parts(self) -> Iterator[Iterator[tuple[int, int]]]:
+        """The (digest, line) pairs of one part after another."""
+        for part, segments in zip(self._parts, self._segments, strict=True):
+            yield self._pairs(part, segments)
+
+    def _pairs(self, part: array[int], segments: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for offset, size in segments:
+            assert self._file is not None
+            self._file.seek(offset)
+            written = array("q", self._file.read(size * part.itemsize))
+            yield from zip(written[::2], written[1::2], strict=True)
+        yield from zip(part[::2], part[1::2], strict=True)
+
+
+if __name__ == "__main__":
+    found = examine(sys.stdin.buffer)
+    print(json.dumps({"report": found.to_json(), "summary": found.summary()}))

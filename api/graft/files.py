@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from sqlalchemy import Update, and_, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from graft import datasets
 from graft.db import Database, changed, now
@@ -22,6 +28,9 @@ RESULTS = "fine-tune-results"
 # Codes that say "this is not a dataset at all": such an upload is refused at once. Any other fault belongs to single
 # rows; the file is kept with status `error`, so that the report can be read; a job that names it fails with the line.
 REFUSED_AT_UPLOAD = {"not_jsonl", "empty_file"}
+
+# A training file of up to this many bytes is read before the upload is answered, a larger one soon after.
+READ_AT_ONCE = 8 * 1024 * 1024
 
 
 def accept(
@@ -51,13 +60,17 @@ def accept(
     file.seek(0)
     status, details, report = "processed", None, None
     if purpose == "fine-tune":
-        found = datasets.examine(file)
+        head = file.read(READ_AT_ONCE + 1)
         file.seek(0)
-        report = found.to_json()
-        if found.error_count:
-            status, details = "error", found.summary()
-            if found.errors[0].code in REFUSED_AT_UPLOAD:
-                raise InvalidRequest(f"{filename}, {details}", code=found.errors[0].code, param="file")
+        whole = len(head) <= READ_AT_ONCE
+        # Of a large one only whether it is a dataset at all: its beginning tells that.
+        found = datasets.examine(io.BytesIO(head if whole else head[: head.rfind(b"\n") + 1] or head))
+        if found.errors and found.errors[0].code in REFUSED_AT_UPLOAD:
+            raise InvalidRequest(f"{filename}, {found.summary()}", code=found.errors[0].code, param="file")
+        if whole:
+            status, details, report = _verdict(found.to_json(), found.summary())
+        else:
+            status = "uploaded"
     stored = storage.put(iter(lambda: file.read(CHUNK), b""))
     with database.write() as session:
         return create(
@@ -71,6 +84,49 @@ def accept(
             report=report,
             expires_in=expires_in,
         )
+
+
+def unread(session: Session) -> list[str]:
+    """Ids of the training files that have not been read line by line yet, oldest first."""
+    return list(session.scalars(select(File.id).where(File.status == "uploaded", _alive()).order_by(File.created_at)))
+
+
+def read(database: Database, storage: Storage, file_id: str) -> None:
+    """Examine an uploaded training file: uploaded -> processed, or -> error with the lines at fault.
+
+    In a process of its own, so that reading 500 MB does not hold up the answers to everyone else.
+    """
+    with database.read() as session:
+        row = session.get_one(File, file_id)
+    report, summary = _examined(storage.read(row.sha256))
+    status, details, report = _verdict(report, summary)
+    with database.write() as session:
+        changed(
+            session,
+            update(File)
+            .where(File.id == file_id, File.status == "uploaded", File.deleted_at.is_(None))
+            .values(status=status, status_details=details, report=report),
+        )
+
+
+def _verdict(report: dict[str, Any], summary: str) -> tuple[str, str | None, dict[str, Any]]:
+    return ("error", summary, report) if report["error_count"] else ("processed", None, report)
+
+
+def _examined(pieces: Iterable[bytes]) -> tuple[dict[str, Any], str]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "graft.datasets"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has seen enough
+                for piece in pieces:
+                    child.stdin.write(piece)
+                child.stdin.close()
+            answer = json.loads(child.stdout.read())
+        finally:
+            child.kill()
+    return answer["report"], answer["summary"]
 
 
 def create(
@@ -123,7 +179,8 @@ def list_page(
     session: Session, project_id: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool
 ) -> tuple[list[File], bool]:
     """One page of the project's files, and whether there are more."""
-    query = select(File).where(File.project_id == project_id, _alive())
+    # A report can have 1,000 faults, a page 10,000 files.
+    query = select(File).where(File.project_id == project_id, _alive()).options(defer(File.report))
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     cursor = None if after is None else get_cursor(session, project_id, after)

@@ -99,6 +99,7 @@ class Service:
         )
 
     def turn(self) -> None:
+        self.app.state.service.housekeeping.validate()
         self.app.state.service.housekeeping.turn()
 
     def second_project(self) -> tuple[Caller, str]:

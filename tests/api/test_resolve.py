@@ -218,7 +218,7 @@ def test_a_job_that_was_cancelled_meanwhile_stays_cancelled(service: Service) ->
     job_id = given.new_job(service.database)
     service.http().post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
     catalogue = load_catalogue(service.settings.models)
-    resolve.validate(service.database, catalogue, job_id, min_examples=10)
+    resolve.validate(service.database, service.app.state.service.storage, catalogue, service.settings, job_id)
     job, events = settle(service, job_id)
     assert (job.status, job.recipe) == ("cancelled", None)
     assert events[-1].message == "Fine-tuning job cancelled"

@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from graft import files
 from graft.deps import CallerDep, ReadDep, ServiceDep, StrictRoute, WriteDep
-from graft.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from graft.errors import InvalidRequest, NotYet, TooLarge, UnsupportedMediaType
 from graft.models import File
 from graft.routes.download import send
-from graft.schemas import Deleted, FileObject, Page
+from graft.schemas import Deleted, FileObject, FileReportObject, Page
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=StrictRoute)
 
@@ -60,7 +60,7 @@ def wire(row: File) -> FileObject:
 
 @router.post("", openapi_extra=_UPLOAD_SCHEMA)
 async def upload(request: Request, caller: CallerDep, service: ServiceDep) -> FileObject:
-    """Upload a file. A training file (purpose `fine-tune`) is checked line by line before the answer."""
+    """Upload a file. A training file (purpose `fine-tune`) is read line by line; a large one soon after the answer."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise UnsupportedMediaType(
             "Upload as multipart/form-data with the fields 'purpose' and 'file'.", code="unsupported_media_type"
@@ -98,6 +98,8 @@ async def upload(request: Request, caller: CallerDep, service: ServiceDep) -> Fi
             purpose=purpose,
             expires_in=_expires_in(form.get("expires_after[anchor]"), form.get("expires_after[seconds]")),
         )
+    if row.status == "uploaded":
+        service.housekeeping.wake()
     return wire(row)
 
 
@@ -152,6 +154,21 @@ def file_content(file_id: str, request: Request, caller: CallerDep, service: Ser
         filename=row.filename,
         media_type="application/octet-stream",
     )
+
+
+@router.get("/{file_id}/report")
+def file_report(file_id: str, caller: CallerDep, session: ReadDep) -> FileReportObject:
+    """What is in a training file: its format, lengths and turns, and every fault with its line and how to mend it."""
+    row = files.get(session, caller.project_id, file_id)
+    if row.status == "uploaded":
+        raise NotYet(f"The file {row.id} is still being read; ask again shortly.", code="file_not_processed")
+    if row.report is None:
+        raise InvalidRequest(
+            f"The file {row.id} has the purpose '{row.purpose}'; only training files (fine-tune) are read line by line.",
+            code="no_report",
+            param="id",
+        )
+    return FileReportObject(id=row.id, status=row.status, **row.report)
 
 
 @router.delete("/{file_id}")

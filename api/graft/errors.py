@@ -86,6 +86,14 @@ class Conflict(GraftError):
         return {"x-should-retry": "false"}
 
 
+class NotYet(Conflict):
+    """409: the object's state does not allow it yet; the same request will succeed soon."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "true", "Retry-After": "2"}
+
+
 class TooLarge(GraftError):
     """413: the body is over its limit."""
 

@@ -1,7 +1,7 @@
-"""What the service does on its own, in two threads of the API process.
+"""What the service does on its own, in three threads of the API process.
 
-It validates new jobs, takes jobs back from silent workers, sends nudges, removes what is expired. Any number of API
-processes may run it; each step is a compare-and-set.
+It reads large uploads, validates new jobs, takes jobs back from silent workers, sends nudges, removes what is expired.
+Any number of API processes may run it; each step is a compare-and-set.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import delete, select
@@ -39,38 +40,47 @@ class Housekeeping:
         self._settings = settings
         self._swept_at = time.monotonic()
         # A broker that hangs holds up its own messages, and no job's validation or recovery.
+        # A large dataset takes minutes to read, and a silent worker's job is taken back meanwhile.
         self._turns = Rounds("housekeeping", self.turn)
+        self._reading = Rounds("validation", self.validate)
         self._nudges = Rounds("nudges", self.send_nudges)
 
     def start(self) -> None:
         self._turns.start()
+        self._reading.start()
         self._nudges.start()
 
     def wake(self) -> None:
-        """There is a new job: do not wait for the next turn."""
-        self._turns.wake()
+        """There is a new file or job: do not wait for the next turn."""
+        self._reading.wake()
 
     def stop(self) -> None:
         self._turns.stop(timeout=10)
+        self._reading.stop(timeout=1)  # what it did not finish is begun again
         self._nudges.stop(timeout=1)  # what it did not send is still in the outbox
 
-    def turn(self) -> None:
-        """One round of everything that is due, but for the nudges."""
+    def validate(self) -> None:
+        """Read the files that wait for it, then the files of the jobs that do."""
+        with self._db.read() as session:
+            unread = files.unread(session)
+        for file_id in unread:
+            with _one_of_many("the file cannot be read", file=file_id):
+                files.read(self._db, self._storage, file_id)
         with self._db.read() as session:
             waiting = jobs.waiting_for_validation(session)
         for job_id in waiting:
-            try:
-                resolve.validate(self._db, self._catalogue, job_id, min_examples=self._settings.min_examples)
-            except OperationalError:
-                raise
-            except Exception:  # one job that cannot be read must not keep the others waiting
-                log.exception("the job cannot be validated", extra={"job": job_id})
+            with _one_of_many("the job cannot be validated", job=job_id):
+                resolve.validate(self._db, self._storage, self._catalogue, self._settings, job_id)
+        self._nudges.wake()
+
+    def turn(self) -> None:
+        """Take back the jobs of silent workers; now and then remove what is expired."""
         with self._db.read() as session:
             silent = jobs.has_silent(session)
         if silent:
             with self._db.write() as session:
                 jobs.reap(session, max_recoveries=self._settings.max_recoveries)
-        self._nudges.wake()
+            self._nudges.wake()
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._swept_at = time.monotonic()
             with self._db.write() as session:
@@ -93,6 +103,17 @@ class Housekeeping:
         if sent:
             with self._db.write() as session:
                 session.execute(delete(Outbox).where(Outbox.id.in_(sent)))
+
+
+@contextmanager
+def _one_of_many(what: str, **names: str) -> Iterator[None]:
+    """One that fails must not keep the others waiting."""
+    try:
+        yield
+    except OperationalError:
+        raise
+    except Exception:
+        log.exception(what, extra=names)
 
 
 class Rounds(threading.Thread):

@@ -1,8 +1,13 @@
-"""The life of a fine-tuning job. The only writer of `Job.status`.
+r"""The life of a fine-tuning job. The only writer of `Job.status`.
 
     validating_files -> queued -> running -> succeeded | failed | cancelled
+                          ^  \      |
+                          |   paused
+                          +-----+
 
-Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it
+What the caller wants of a live job stands in `desired`. A queued job that is to pause is paused at once; a running one
+when its worker has saved a checkpoint and let go, and until then it is shown as OpenAI's `pausing`. Every way back
+into the queue ends in `paused` instead if that is desired; a job that ends first has ended. Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it
 is written in the same transaction. `attempt` is the fence: it grows when a worker claims the job and when the right to
 run is taken away, so a worker that was frozen and wakes up late can change nothing. Functions take the session they
 work in; the caller owns the transaction.
@@ -15,15 +20,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Update, select, update
+from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from graft import adapters, files
+from graft import adapters, fair_queue, files
 from graft.adapters import AdapterContent
 from graft.db import changed, has_entry, now
 from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
 from graft.ids import new_id
-from graft.models import LIVE, Checkpoint, File, Job, JobEvent, JobRequest, JobStatus, Organization, Outbox, Project
+from graft.models import (
+    LIVE,
+    Checkpoint,
+    Desired,
+    File,
+    Job,
+    JobEvent,
+    JobRequest,
+    JobStatus,
+    Organization,
+    Outbox,
+    Project,
+)
 from graft.paging import Cursor, page
 from graft.recipe import Recipe
 from graft.schemas import JobCreate
@@ -48,7 +65,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to run one attempt of one job."""
+    """The right to run one attempt of one job.
+
+    `gpu_seconds` were used by the attempts before; `plan` is what one of them wrote down; `smaller_plans` counts how
+    often a lack of memory has asked for a smaller one.
+    """
 
     job_id: str
     attempt: int
@@ -58,6 +79,9 @@ class Claim:
     validation_file: str | None
     model_name: str
     worker: str
+    gpu_seconds: float = 0.0
+    smaller_plans: int = 0
+    plan: Mapping[str, Any] | None = None
 
 
 # -- creating -----------------------------------------------------------------------------------------------------
@@ -114,6 +138,8 @@ def create(
         labels=body.metadata,
         request=body.model_dump(mode="json"),
         status=JobStatus.VALIDATING_FILES,
+        priority=body.priority,
+        max_runtime_seconds=body.max_runtime_seconds,
         created_at=now(),
     )
     session.add(job)
@@ -148,9 +174,10 @@ def _require_dataset(session: Session, project_id: str, file_id: str | None, par
 # -- looking ------------------------------------------------------------------------------------------------------
 
 
-def get(session: Session, project_id: str, job_id: str) -> Job:
-    """One job of the project. Raises NotFound."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
+def get(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
+    """One job of the project; with `lock`, nobody else changes it until the transaction ends. Raises NotFound."""
+    query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
+    job = session.scalar(query.with_for_update(of=Job) if lock else query)
     if job is None:
         raise NotFound(f"No such fine-tuning job: '{job_id[:64]}'.", code="job_not_found", param="id")
     return job
@@ -206,35 +233,69 @@ def waiting_for_validation(session: Session) -> list[str]:
 
 
 def has_silent(session: Session) -> bool:
-    """Whether some job's lease is over: asked often, and cheaper than taking the write lock to find nothing."""
-    query = select(Job.id).where(Job.status == JobStatus.RUNNING, Job.lease_until < now()).limit(1)
-    return session.scalar(query) is not None
+    """Whether `reap` has anything to do: asked often, and cheaper than taking the write lock to find nothing."""
+    return session.scalar(select(Job.id).where(*_overdue()).limit(1)) is not None
 
 
 # -- transitions by the API ---------------------------------------------------------------------------------------
 
 
-def queue(session: Session, job_id: str, recipe: Recipe, events: Sequence[Event]) -> bool:
-    """validating_files -> queued, with the recipe that every attempt will train from."""
-    if not _move(session, job_id, (JobStatus.VALIDATING_FILES,), JobStatus.QUEUED, recipe=recipe.to_json()):
+def queue(
+    session: Session,
+    job_id: str,
+    recipe: Recipe,
+    events: Sequence[Event],
+    *,
+    audit: Mapping[str, Any] | None = None,
+    estimate: Mapping[str, Any] | None = None,
+    needs_bytes: int | None = None,
+) -> bool:
+    """validating_files -> queued (or paused), with the recipe that every attempt will train from.
+
+    Args:
+        audit: what the files would teach.
+        estimate: what is predicted; its `seconds` is how long the training will take.
+        needs_bytes: device memory without which no plan fits; None: any worker may take the job.
+    """
+    status = _move(
+        session,
+        job_id,
+        (JobStatus.VALIDATING_FILES,),
+        _waiting(),
+        recipe=recipe.to_json(),
+        audit=audit,
+        estimate=estimate,
+        needs_bytes=needs_bytes,
+    )
+    if status is None:
         return False
-    _tell(session, job_id, [*events, Event("Files validated, moving job to queued state")])
-    _nudge(session, job_id)
+    _tell(session, job_id, events)
+    _tell_waiting(session, job_id, status, Event("Files validated, moving job to queued state"))
     return True
 
 
-def reject(session: Session, job_id: str, *, code: str, message: str, param: str | None) -> bool:
+def reject(
+    session: Session,
+    job_id: str,
+    *,
+    code: str,
+    message: str,
+    param: str | None,
+    audit: Mapping[str, Any] | None = None,
+) -> bool:
     """validating_files -> failed: the files cannot be trained on."""
+    failure = _failure(code, message, param)
     if not _move(
         session,
         job_id,
         (JobStatus.VALIDATING_FILES,),
         JobStatus.FAILED,
-        **_failure(code, message, param),
+        **failure,
+        audit=audit,
         finished_at=now(),
     ):
         return False
-    _tell(session, job_id, [Event(f"The job failed: {message}", level="error", data={"code": code, "param": param})])
+    _tell(session, job_id, [_failed(code, message, param)])
     return True
 
 
@@ -245,46 +306,113 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
         NotFound: no such job.
         Conflict: the job has already ended.
     """
-    job = get(session, project_id, job_id)
-    if not _move(
-        session, job.id, LIVE, JobStatus.CANCELLED, attempt=Job.attempt + 1, finished_at=now(), estimated_finish=None
-    ):
-        session.refresh(job)
-        raise Conflict(f"The job {job.id} has already ended: it is {job.status}.", code="job_terminal", param="id")
+    job = _get_live(session, project_id, job_id)
+    end: dict[str, Any] = {"attempt": Job.attempt + 1, "finished_at": now(), "waiting_for": None}
+    if job.status == JobStatus.RUNNING:
+        _leave(session, job.id, JobStatus.CANCELLED, fence=job.attempt, **end)
+    else:
+        _move(session, job.id, (JobStatus(job.status),), JobStatus.CANCELLED, **end)
     _tell(session, job.id, [Event("Fine-tuning job cancelled", level="warn")])
     session.refresh(job)
     return job
 
 
+def pause(session: Session, project_id: str, job_id: str) -> Job:
+    """queued -> paused. A running job is paused by its worker, after a checkpoint; one in validation, after that.
+
+    Raises:
+        NotFound: no such job.
+        Conflict: the job has ended, is paused, or is about to be.
+    """
+    job = _get_live(session, project_id, job_id)
+    if job.desired == Desired.PAUSE:
+        state = "paused already" if job.status == JobStatus.PAUSED else "about to be paused"
+        raise Conflict(f"The job {job.id} is {state}.", code="job_paused", param="id")
+    if job.status == JobStatus.QUEUED:
+        told = PAUSED
+        _move(session, job.id, (JobStatus.QUEUED,), JobStatus.PAUSED, desired=Desired.PAUSE, waiting_for=None)
+    else:
+        told = Event("Pausing the job")
+        _move(session, job.id, (JobStatus(job.status),), JobStatus(job.status), desired=Desired.PAUSE)
+    _tell(session, job.id, [told])
+    session.refresh(job)
+    return job
+
+
+def resume(session: Session, project_id: str, job_id: str) -> Job:
+    """paused -> queued, with its place by age. A pause that is still on its way is taken back.
+
+    Raises:
+        NotFound: no such job.
+        Conflict: the job has ended, or was not paused.
+    """
+    job = _get_live(session, project_id, job_id)
+    if job.desired == Desired.RUN:
+        raise Conflict(f"The job {job.id} is not paused: it is {job.status}.", code="job_not_paused", param="id")
+    if job.status == JobStatus.PAUSED:
+        told = Event("Fine-tuning job resumed, moving it to queued state")
+        _move(session, job.id, (JobStatus.PAUSED,), JobStatus.QUEUED, desired=Desired.RUN)
+        _nudge(session, job.id)
+    else:
+        told = Event("Fine-tuning job resumed before it was paused")
+        _move(session, job.id, (JobStatus(job.status),), JobStatus(job.status), desired=Desired.RUN)
+    _tell(session, job.id, [told])
+    session.refresh(job)
+    return job
+
+
 def reap(session: Session, *, max_recoveries: int) -> list[str]:
-    """running -> queued (or failed) for jobs whose worker was silent for a whole lease; returns their ids."""
-    query = (
-        select(Job).where(Job.status == JobStatus.RUNNING, Job.lease_until < now()).with_for_update(skip_locked=True)
-    )
+    """Take jobs away from workers that were silent for a whole lease, and end those that ran for too long.
+
+    running -> queued or paused, or -> failed with `worker_lost` or `deadline_exceeded`; returns their ids.
+    """
+    query = select(Job).where(*_overdue()).order_by(Job.id).with_for_update(skip_locked=True)
     return [
         job.id
-        for job in session.scalars(query).all()
-        if _recover(session, job, job.attempt, "its worker went silent", max_recoveries)
+        for job in session.scalars(query.execution_options(populate_existing=True)).all()
+        if _end_of_time(session, job) or _recover(session, job, "its worker went silent", max_recoveries)
     ]
+
+
+def spare(session: Session, *, lease_seconds: float) -> int:
+    """Give every lease that is over as long again: the database itself was away, and no worker could beat."""
+    silent = update(Job).where(Job.status == JobStatus.RUNNING, Job.lease_until < now())
+    return changed(session, silent.values(lease_until=now() + lease_seconds))
+
+
+def tell_waiting(session: Session, changes: Mapping[str, str | None]) -> None:
+    """Write down which queued jobs no worker can take, and tell it once (`fair_queue.waiting_changes` finds them)."""
+    for job_id, sentence in changes.items():
+        moved = _move(session, job_id, (JobStatus.QUEUED,), JobStatus.QUEUED, waiting_for=sentence)
+        if moved and sentence is not None:
+            _tell(session, job_id, [Event(sentence, level="warn")])
 
 
 # -- transitions by a worker --------------------------------------------------------------------------------------
 
 
-def is_due(session: Session, job_id: str | None = None) -> bool:
+def is_due(session: Session, job_id: str | None = None, *, device_bytes: int | None = None) -> bool:
     """Whether a claim could succeed: asked often by idle workers, and cheaper than the write lock."""
-    query = select(Job.id).where(Job.status == JobStatus.QUEUED, Job.not_before <= now())
-    if job_id is not None:
-        query = query.where(Job.id == job_id)
-    return session.scalar(query.limit(1)) is not None
+    return fair_queue.whose_turn(session, device_bytes=device_bytes, job_id=job_id) is not None
 
 
-def claim(session: Session, worker: str, *, lease_seconds: float, job_id: str | None = None) -> Claim | None:
-    """queued -> running for the oldest job that is due (or the named one); None if there is none, or no longer."""
-    due = select(Job).where(Job.status == JobStatus.QUEUED, Job.not_before <= now())
-    if job_id is not None:
-        due = due.where(Job.id == job_id)
-    job = session.scalar(due.order_by(Job.created_at, Job.id).limit(1).with_for_update(skip_locked=True))
+def claim(
+    session: Session,
+    worker: str,
+    *,
+    lease_seconds: float,
+    job_id: str | None = None,
+    device_bytes: int | None = None,
+    warm: str | None = None,
+) -> Claim | None:
+    """queued -> running for the job whose turn it is; None if there is none, or no longer.
+
+    Args:
+        job_id: this job or none, whoever's turn it is.
+        device_bytes: the memory that the worker has for a job; None takes any.
+        warm: the base model that the worker's engine holds already.
+    """
+    job = fair_queue.take(session, device_bytes=device_bytes, warm=warm, job_id=job_id)
     if job is None:
         return None
     first = job.started_at is None
@@ -297,6 +425,9 @@ def claim(session: Session, worker: str, *, lease_seconds: float, job_id: str | 
         attempt=job.attempt + 1,
         lease_owner=worker,
         lease_until=now() + lease_seconds,
+        held_since=now(),
+        held_until=None,
+        waiting_for=None,
         **({"started_at": now()} if first else {}),
     ):
         return None
@@ -316,6 +447,9 @@ def claim(session: Session, worker: str, *, lease_seconds: float, job_id: str | 
         validation_file=job.validation_file,
         model_name=_model_name(session, job),
         worker=worker,
+        gpu_seconds=job.gpu_seconds,
+        smaller_plans=job.smaller_plans,
+        plan=job.plan,
     )
 
 
@@ -326,16 +460,24 @@ def beat(
     lease_seconds: float,
     events: Sequence[Event] = (),
     progress: Mapping[str, Any] | None = None,
-) -> bool:
-    """Prove life, extend the lease, and write down what happened since. False: the right to run is gone, stop at once.
+) -> Desired | None:
+    """Prove life, extend the lease, and write down what happened since.
 
     Args:
-        progress: new values of step, total_steps, trained_tokens, estimated_finish.
+        progress: new values of step, total_steps, trained_tokens, estimated_finish, plan, measured, needs_bytes.
+
+    Returns:
+        What the caller wants of the job: with `Desired.PAUSE`, save a checkpoint and `release` it. None: the right to
+        run is gone, stop at once.
     """
-    if changed(session, _fenced(held).values(lease_until=now() + lease_seconds, **(progress or {}))) != 1:
-        return False
+    values = dict(progress or {}, lease_until=now() + lease_seconds)
+    if "step" in values:
+        values["progress_at"] = now()
+    desired = session.execute(_fenced(held).values(**values).returning(Job.desired)).scalar()
+    if desired is None:
+        return None
     _tell(session, held.job_id, events)
-    return True
+    return Desired(desired)
 
 
 def add_checkpoint(
@@ -398,20 +540,22 @@ def succeed(
     content: AdapterContent,
     results: Stored,
     events: Sequence[Event],
+    measured: Mapping[str, Any] | None = None,
 ) -> bool:
-    """running -> succeeded: adapter, result file and status become visible together. False: fenced off."""
-    if not _move(
+    """running -> succeeded: adapter, result file and status become visible together. False: fenced off.
+
+    A pause that was asked for while the last step ran comes too late.
+    """
+    if not _leave(
         session,
         held.job_id,
-        (JobStatus.RUNNING,),
         JobStatus.SUCCEEDED,
         fence=held.attempt,
         finished_at=now(),
-        estimated_finish=None,
-        lease_until=None,
         step=step,
         trained_tokens=trained_tokens,
         fine_tuned_model=held.model_name,
+        **({} if measured is None else {"measured": dict(measured)}),
     ):
         return False
     adapter = adapters.create(
@@ -435,48 +579,55 @@ def succeed(
 
 def fail(session: Session, held: Claim, *, code: str, message: str, param: str | None) -> bool:
     """running -> failed, for a cause that another attempt would meet again. False: fenced off."""
-    if not _move(
-        session,
-        held.job_id,
-        (JobStatus.RUNNING,),
-        JobStatus.FAILED,
-        fence=held.attempt,
-        finished_at=now(),
-        estimated_finish=None,
-        lease_until=None,
-        **_failure(code, message, param),
-    ):
+    failure = _failure(code, message, param)
+    if not _leave(session, held.job_id, JobStatus.FAILED, fence=held.attempt, finished_at=now(), **failure):
         return False
-    _tell(
-        session, held.job_id, [Event(f"The job failed: {message}", level="error", data={"code": code, "param": param})]
-    )
+    _tell(session, held.job_id, [_failed(code, message, param)])
     return True
 
 
 def release(session: Session, held: Claim, message: str) -> bool:
-    """running -> queued: the worker is stopping and has saved its work."""
-    if not _move(
-        session,
-        held.job_id,
-        (JobStatus.RUNNING,),
-        JobStatus.QUEUED,
-        fence=held.attempt,
-        lease_until=None,
-        estimated_finish=None,
-    ):
+    """running -> queued, or paused if that is desired: the worker has saved its work and lets go. False: fenced off."""
+    status = _leave(session, held.job_id, _waiting(), fence=held.attempt)
+    if status is None:
         return False
-    _tell(session, held.job_id, [Event(message)])
-    _nudge(session, held.job_id)
+    _tell_waiting(session, held.job_id, status, Event(message))
+    return True
+
+
+def shrink(session: Session, held: Claim, message: str, *, most: int) -> bool:
+    """running -> queued (or paused), to be tried again with the next smaller plan: the device's memory ran out.
+
+    After `most` smaller plans the job fails with `out_of_memory` and the message. False: fenced off.
+    """
+    if held.smaller_plans >= most:
+        return fail(session, held, code="out_of_memory", message=message, param=None)
+    number = held.smaller_plans + 1
+    status = _leave(session, held.job_id, _waiting(), fence=held.attempt, smaller_plans=number)
+    if status is None:
+        return False
+    told = Event(f"{message} The job is tried again with a smaller plan ({number} of {most})", level="warn")
+    _tell_waiting(session, held.job_id, status, told, always=True)
     return True
 
 
 def recover(session: Session, held: Claim, cause: str, *, max_recoveries: int) -> bool:
-    """running -> queued (or failed): the engine was lost under a living worker."""
-    job = session.get(Job, held.job_id, populate_existing=True)
-    return job is not None and _recover(session, job, held.attempt, cause, max_recoveries)
+    """running -> queued, paused or failed: the engine was lost under a living worker. False: fenced off."""
+    running = select(Job).where(Job.id == held.job_id, Job.status == JobStatus.RUNNING, Job.attempt == held.attempt)
+    job = session.scalar(running.with_for_update().execution_options(populate_existing=True))
+    return job is not None and _recover(session, job, cause, max_recoveries)
 
 
 # -- inside -------------------------------------------------------------------------------------------------------
+
+PAUSED = Event("Fine-tuning job paused")
+
+
+def _get_live(session: Session, project_id: str, job_id: str) -> Job:
+    job = get(session, project_id, job_id, lock=True)
+    if job.status not in LIVE:
+        raise Conflict(f"The job {job.id} has already ended: it is {job.status}.", code="job_terminal", param="id")
+    return job
 
 
 def _fenced(held: Claim) -> Update:
@@ -484,57 +635,110 @@ def _fenced(held: Claim) -> Update:
     return update(Job).where(Job.id == held.job_id, Job.attempt == held.attempt, Job.status == JobStatus.RUNNING)
 
 
+def _waiting() -> ColumnElement[str]:
+    """Where a job waits that could run: in the queue, unless its caller has paused it."""
+    return case((Job.desired == Desired.PAUSE, JobStatus.PAUSED.value), else_=JobStatus.QUEUED.value)
+
+
+def _overdue() -> list[ColumnElement[bool]]:
+    used = Job.gpu_seconds + now() - func.coalesce(Job.held_since, now())
+    return [Job.status == JobStatus.RUNNING, or_(Job.lease_until < now(), used > Job.max_runtime_seconds)]
+
+
 def _move(
     session: Session,
     job_id: str,
     origin: Sequence[JobStatus],
-    to: JobStatus,
+    to: JobStatus | ColumnElement[str],
     *,
     fence: int | None = None,
     **values: Any,
-) -> bool:
-    """The compare-and-set that every transition is made of."""
+) -> JobStatus | None:
+    """The compare-and-set that every transition is made of: the new status, or None if it was not ours to make."""
     where = [Job.id == job_id, Job.status.in_(origin)]
     if fence is not None:
         where.append(Job.attempt == fence)
-    return changed(session, update(Job).where(*where).values(status=to, **values)) == 1
+    status = session.execute(update(Job).where(*where).values(status=to, **values).returning(Job.status)).scalar()
+    return None if status is None else JobStatus(status)
 
 
-def _recover(session: Session, job: Job, attempt: int, cause: str, max_recoveries: int) -> bool:
-    if job.recoveries >= max_recoveries:
+def _leave(
+    session: Session, job_id: str, to: JobStatus | ColumnElement[str], *, fence: int, **values: Any
+) -> JobStatus | None:
+    """running -> any other status: the attempt ends, and its GPU-seconds are counted. The lease bounds them: a worker
+    that is silent after its end may have been dead for long."""
+    began = func.coalesce(Job.held_since, now())
+    ended = case((Job.lease_until < began, began), (Job.lease_until < now(), Job.lease_until), else_=now())
+    where = and_(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == fence)
+    values.update(
+        lease_until=None, estimated_finish=None, held_until=ended, gpu_seconds=Job.gpu_seconds + ended - began
+    )
+    row = session.execute(
+        update(Job)
+        .where(where)
+        .values(status=to, **values)
+        .returning(Job.status, Job.project_id, (Job.held_until - Job.held_since).label("seconds"))
+    ).one_or_none()
+    if row is None:
+        return None
+    fair_queue.charge(session, row.project_id, row.seconds or 0.0)
+    return JobStatus(row.status)
+
+
+def _tell_waiting(session: Session, job_id: str, status: JobStatus, queued: Event, *, always: bool = False) -> None:
+    """Tell that the job waits: with the event if it is in the queue (or in any case), and that it is paused if so."""
+    if status is JobStatus.QUEUED:
+        _tell(session, job_id, [queued])
+        _nudge(session, job_id)
+    else:
+        _tell(session, job_id, [queued, PAUSED] if always else [PAUSED])
+
+
+def _recover(session: Session, job: Job, cause: str, max_recoveries: int) -> bool:
+    """Of a job that is locked: as often as `max_recoveries` without a new checkpoint, and then no more."""
+    if job.recoveries >= max_recoveries and job.desired == Desired.RUN:
         message = f"The job lost its worker {job.recoveries + 1} times without reaching a new checkpoint ({cause})."
-        moved = _move(
-            session,
-            job.id,
-            (JobStatus.RUNNING,),
-            JobStatus.FAILED,
-            fence=attempt,
-            attempt=attempt + 1,
-            finished_at=now(),
-            estimated_finish=None,
-            lease_until=None,
-            **_failure("worker_lost", message, None),
-        )
-        if moved:
-            _tell(session, job.id, [Event(f"The job failed: {message}", level="error", data={"code": "worker_lost"})])
-        return moved
-    delay = 2.0**job.recoveries
-    moved = _move(
+        return _end(session, job, "worker_lost", message)
+    status = _leave(
         session,
         job.id,
-        (JobStatus.RUNNING,),
-        JobStatus.QUEUED,
-        fence=attempt,
-        attempt=attempt + 1,
+        _waiting(),
+        fence=job.attempt,
+        attempt=job.attempt + 1,
         recoveries=job.recoveries + 1,
-        not_before=now() + delay,
-        lease_until=None,
-        estimated_finish=None,
+        not_before=now() + 2.0**job.recoveries,
     )
-    if moved:
-        _tell(session, job.id, [Event(f"The job goes back to the queue: {cause}", level="warn")])
-        _nudge(session, job.id)
-    return moved
+    if status is None:
+        return False
+    told = Event(f"The job goes back to the queue: {cause}", level="warn")
+    if status is JobStatus.PAUSED:
+        told = Event(f"The job was interrupted: {cause}", level="warn")
+    _tell_waiting(session, job.id, status, told, always=True)
+    return True
+
+
+def _end_of_time(session: Session, job: Job) -> bool:
+    """Of a job that is locked: running -> failed if it has run for longer than its caller allows."""
+    if job.max_runtime_seconds is None:
+        return False
+    used = session.scalar(
+        select(Job.gpu_seconds + now() - func.coalesce(Job.held_since, now())).where(Job.id == job.id)
+    )
+    if used is None or used <= job.max_runtime_seconds:
+        return False
+    message = f"The job has run for longer than its max_runtime_seconds of {job.max_runtime_seconds:g}."
+    return _end(session, job, "deadline_exceeded", message)
+
+
+def _end(session: Session, job: Job, code: str, message: str) -> bool:
+    """running -> failed, and whoever runs it is shut out."""
+    failure = _failure(code, message, None)
+    if not _leave(
+        session, job.id, JobStatus.FAILED, fence=job.attempt, attempt=job.attempt + 1, finished_at=now(), **failure
+    ):
+        return False
+    _tell(session, job.id, [_failed(code, message, None)])
+    return True
 
 
 def _give_up_old_states(session: Session, job_id: str, keep: int) -> None:
@@ -548,6 +752,10 @@ def _give_up_old_states(session: Session, job_id: str, keep: int) -> None:
 
 def _failure(code: str, message: str, param: str | None) -> dict[str, Any]:
     return {"error_code": code, "error_message": message, "error_param": param}
+
+
+def _failed(code: str, message: str, param: str | None) -> Event:
+    return Event(f"The job failed: {message}", level="error", data={"code": code, "param": param})
 
 
 def _tell(session: Session, job_id: str, events: Sequence[Event]) -> None:

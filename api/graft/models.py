@@ -22,6 +22,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
@@ -34,17 +35,28 @@ Serial = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class JobStatus(StrEnum):
-    """OpenAI's strings. Why a job ended is its error code, never another status."""
+    """OpenAI's strings. Why a job ended is its error code, never another status.
+
+    OpenAI's `pausing` is not here: it is a running job that is desired to pause, and stands on the wire alone.
+    """
 
     VALIDATING_FILES = "validating_files"  # accepted; the files have not been read against the request yet
     QUEUED = "queued"  # waits for a worker, for the first time or again
     RUNNING = "running"  # a worker holds the lease
+    PAUSED = "paused"  # by the caller, until it is resumed; holds no device
     SUCCEEDED = "succeeded"  # the adapter can be downloaded
     FAILED = "failed"  # `error` says why
     CANCELLED = "cancelled"  # by the caller
 
 
-LIVE = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING)
+LIVE = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.PAUSED)
+
+
+class Desired(StrEnum):
+    """What the caller wants of a live job. A worker learns it from the answer to its beat."""
+
+    RUN = "run"
+    PAUSE = "pause"  # save a checkpoint and let go of the device
 
 
 class Organization(Base):
@@ -58,7 +70,11 @@ class Organization(Base):
 
 
 class Project(Base):
-    """The boundary of isolation: a key sees the rows of its project and no others."""
+    """The boundary of isolation: a key sees the rows of its project and no others.
+
+    `usage`: GPU-seconds of attempts that have ended, as they counted at `usage_at`; they lose half their weight each
+    day (`graft.fair_queue`). A project of `weight` 2 gets twice the share of one with 1.
+    """
 
     __tablename__ = "projects"
 
@@ -66,6 +82,10 @@ class Project(Base):
     organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
     name: Mapped[str] = mapped_column(String(128))
     created_at: Mapped[float] = mapped_column(Double)
+    weight: Mapped[float] = mapped_column(Double, default=1.0, server_default=text("1"))
+    max_running_jobs: Mapped[int | None] = mapped_column(Integer)
+    usage: Mapped[float] = mapped_column(Double, default=0.0, server_default=text("0"))
+    usage_at: Mapped[float] = mapped_column(Double, default=0.0, server_default=text("0"))
 
 
 class ApiKey(Base):
@@ -128,11 +148,20 @@ class File(Base):
     __table_args__ = (Index("ix_files_project_created", "project_id", "created_at", "id"),)
 
 
+def _queued(name: str, *first: str) -> Index:
+    """An index of the queued jobs alone: small, however many have ended."""
+    queued = text("status = 'queued'")
+    return Index(name, *first, "priority", "created_at", "id", sqlite_where=queued, postgresql_where=queued)
+
+
 class Job(Base):
     """One fine-tuning job. `status` is written by `graft.jobs` and by nothing else.
 
     `attempt` is the fence: it grows whenever the right to run changes hands, and a writer that names an older attempt
     is refused. `recipe` is null until the files have been validated.
+
+    `held_since` and `held_until` are the bounds of the last attempt, `gpu_seconds` the sum over all that have ended.
+    `waiting_for`: why no worker can take the queued job, or null.
     """
 
     __tablename__ = "fine_tuning_jobs"
@@ -155,11 +184,27 @@ class Job(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[float | None] = mapped_column(Double)
     not_before: Mapped[float] = mapped_column(Double, default=0.0)
+    desired: Mapped[str] = mapped_column(String(8), default=Desired.RUN, server_default=Desired.RUN)
+    smaller_plans: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+
+    priority: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+    needs_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    waiting_for: Mapped[str | None] = mapped_column(Text)
+    max_runtime_seconds: Mapped[float | None] = mapped_column(Double)
+    gpu_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default=text("0"))
+    held_since: Mapped[float | None] = mapped_column(Double)
+    held_until: Mapped[float | None] = mapped_column(Double)
+
+    audit: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    estimate: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    plan: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    measured: Mapped[dict[str, Any] | None] = mapped_column(Json)
 
     created_at: Mapped[float] = mapped_column(Double)
     started_at: Mapped[float | None] = mapped_column(Double)
     finished_at: Mapped[float | None] = mapped_column(Double)
     estimated_finish: Mapped[float | None] = mapped_column(Double)
+    progress_at: Mapped[float | None] = mapped_column(Double)
     step: Mapped[int] = mapped_column(Integer, default=0)
     total_steps: Mapped[int | None] = mapped_column(Integer)
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
@@ -175,6 +220,9 @@ class Job(Base):
     __table_args__ = (
         Index("ix_fine_tuning_jobs_project_created", "project_id", "created_at", "id"),
         Index("ix_fine_tuning_jobs_status_created", "status", "created_at"),
+        # A project's next job is found at once, however many are behind it.
+        _queued("ix_fine_tuning_jobs_queue", "project_id"),
+        _queued("ix_fine_tuning_jobs_queue_model", "project_id", "base_model"),
     )
 
 
@@ -238,6 +286,25 @@ class Checkpoint(Base):
     created_at: Mapped[float] = mapped_column(Double)
 
     __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+
+class Worker(Base):
+    """A worker that is there, or was: what it has, so that jobs it cannot run are not left waiting for it.
+
+    `rates` are the planner's rates of its card, as measured there. It is alive while `seen_at` is recent.
+    """
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    device: Mapped[str] = mapped_column(String(128))
+    device_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    rates: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    base_model: Mapped[str | None] = mapped_column(String(256))
+    job_id: Mapped[str | None] = mapped_column(String(64))
+    version: Mapped[str] = mapped_column(String(32))
+    started_at: Mapped[float] = mapped_column(Double)
+    seen_at: Mapped[float] = mapped_column(Double)
 
 
 class Outbox(Base):

@@ -68,6 +68,10 @@ ON_THE_WAY = 2
 PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "mlp_out")
 # Micro-batches of up to so many tokens are replayed as CUDA graphs (`graft_worker.graphs`).
 GRAPH_TOKENS = 4096
+# On a CPU: the most tokens of a micro-batch, where larger products gain nothing, and what a kernel's reference costs
+# beyond its arithmetic.
+CPU_TOKENS = 4096
+CPU_OP_SECONDS = 60e-6
 # Rows of an NF4 head that are decoded at a time. No decoder has such a head yet, so no refusal proposes one.
 HEAD_SLAB_ROWS = 16_384
 # The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
@@ -361,6 +365,16 @@ def allocator_budget(card_bytes: int) -> int:
     return max(0, card_bytes - CONTEXT_BYTES)
 
 
+# Left to whoever else uses the device; and of the rest, what the allocator loses between its blocks.
+SPARE_BYTES = 384 * MIB
+USABLE_SHARE = 0.96
+
+
+def usable_bytes(allocatable: int, share: float = 1.0) -> int:
+    """What a plan may fill of the bytes that the allocator can have."""
+    return int((allocatable - SPARE_BYTES) * USABLE_SHARE * share)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionRate:
     """FLOP/s of attention for documents of a length: `flops` · length / (length + `half_length`)."""
@@ -379,6 +393,7 @@ class Card:
     `gemm` holds (tokens, FLOP/s) points in rising order, between which the rate is interpolated over the logarithm of
     the tokens; beyond them it is that of the nearest. They are those of products within a step; `product` is that of a
     large one alone, which a card can be asked for quickly. `copy` counts bytes read plus written on the device.
+    `decode` is weights a second, 0 where decoding is as fast as copying.
     `launch` is what every kernel costs on the device beyond its bytes or FLOPs, `host_launch` what the host takes to
     launch one, which shows only where the device would be done first.
     """
@@ -396,6 +411,7 @@ class Card:
     packed_backward: AttentionRate
     launch: float
     host_launch: float
+    decode: float = 0.0
 
     def gemm_rate(self, tokens: int) -> float:
         points = self.gemm
@@ -452,6 +468,27 @@ H100 = Card(
     launch=1.5e-6,
     host_launch=60e-6,
 )
+
+
+def cpu(name: str, *, gemm: float, copy: float, decode: float) -> Card:
+    """A CPU, which runs the references: `gemm` in fp32, `copy` that of an elementwise op, counted as bytes of bf16."""
+    attention = AttentionRate(gemm / 4, 1.0)
+    return Card(
+        name=name,
+        gemm=((1, gemm),),
+        product=gemm,
+        copy=copy,
+        to_host=copy,
+        to_device=copy,
+        host_gather=copy,
+        dense_forward=attention,
+        dense_backward=attention,
+        packed_forward=attention,
+        packed_backward=attention,
+        launch=CPU_OP_SECONDS,
+        host_launch=0.0,
+        decode=decode,
+    )
 
 
 # What comes out ---------------------------------------------------------------------------------------------------
@@ -889,6 +926,8 @@ class Times:
     @cached_property
     def decode(self) -> float:
         """Decoding a layer's weights once: read NF4 (or bf16) and write bf16."""
+        if self.card.decode and self.quantization == "nf4":
+            return self.shape.linear_parameters / self.card.decode
         read = (
             nf4_bytes(self.shape.linear_parameters) if self.quantization == "nf4" else 2 * self.shape.linear_parameters
         )
@@ -1416,6 +1455,27 @@ def plan_for(recipe: Recipe, shape: ModelShape, work: Work, budget: Budget, *, c
     """`make_plan` with a recipe's adapter, optimizer and quantisation."""
     adapter = AdapterShape.from_settings(recipe.lora, recipe.optimizer)
     return make_plan(shape, adapter, work, budget, quantization=recipe.quantization, card=card)
+
+
+def cpu_plan(recipe: Recipe, shape: ModelShape, work: Work, card: Card) -> Plan:
+    """What a CPU does, where there is no memory to plan for: everything is kept, or each layer's input. Products are in
+    fp32 there, so all but the quantised weights takes twice what is predicted for a card."""
+    adapter = AdapterShape.from_settings(recipe.lora, recipe.optimizer)
+    names = tensor_bytes(shape, adapter)
+    action: Action = "recompute" if recipe.gradient_checkpointing else "keep"
+    layer: Layer = {name: "keep" if name == "x" else action for name in names}
+    plan = predict(
+        shape,
+        adapter,
+        work,
+        layers=[layer] * shape.layers,
+        micro_batch_tokens=max(min(work.step_tokens, CPU_TOKENS), work.longest_document),
+        head_chunk_rows=CHUNK_ROWS[0],
+        quantization=recipe.quantization,
+        card=card,
+    )
+    peak = {name: size if name == "linear_weights" else 2 * size for name, size in plan.peak.items()}
+    return replace(plan, peak=peak, peak_bytes=sum(peak.values()))
 
 
 # A refusal --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ ALL_LINEAR = "all-linear"
 Quantization = Literal["none", "nf4"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
+# What becomes of a row that is longer than `max_seq_length`.
+Truncation = Literal["error", "truncate_right", "truncate_left_turns", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,7 @@ class Recipe:
     micro_batch_tokens: int = 16_384
     packing: bool = True
     max_seq_length: int = 2048
+    truncation: Truncation = "truncate_right"
     learning_rate: float = 2e-4
     lr_scheduler: Scheduler = "linear"
     min_lr_ratio: float = 0.0

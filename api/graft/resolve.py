@@ -14,6 +14,8 @@ from graft.jobs import Event
 from graft.models import File, Job
 from graft.recipe import EarlyStopping, LoraSettings, Recipe
 from graft.schemas import HyperparametersRequest, JobCreate
+from graft.settings import Settings
+from graft.storage import Storage
 
 DEFAULT_SEQUENCE = 2048
 LARGE_MODEL = 13_000_000_000
@@ -115,6 +117,7 @@ def recipe(body: JobCreate, base: BaseModel, *, rows: int) -> Recipe:
         batch_size=batch_size,
         packing=body.packing is not False,
         max_seq_length=max_seq_length,
+        truncation=body.truncation,
         learning_rate=base_rate * multiplier if body.learning_rate is None else body.learning_rate,
         lr_scheduler=body.lr_scheduler,
         min_lr_ratio=body.min_lr_ratio,
@@ -155,7 +158,7 @@ def _validation_split(body: JobCreate, rows: int) -> float:
     return body.validation_split
 
 
-def validate(database: Database, catalogue: Catalogue, job_id: str, *, min_examples: int) -> None:
+def validate(database: Database, storage: Storage, catalogue: Catalogue, settings: Settings, job_id: str) -> None:
     """Read the job's files against its request: validating_files -> queued, or -> failed with the line at fault."""
     with database.read() as session:
         job = session.get_one(Job, job_id)
@@ -164,7 +167,7 @@ def validate(database: Database, catalogue: Catalogue, job_id: str, *, min_examp
     try:
         if job.validation_file is not None:
             _require_good(validation, "validation_file", 1)
-        rows = _require_good(training, "training_file", min_examples)
+        rows = _require_good(training, "training_file", settings.min_examples)
         body = JobCreate.model_validate(job.request)
         resolved = recipe(body, catalogue.resolve(job.base_model), rows=rows)
     except InvalidRequest as problem:

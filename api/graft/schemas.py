@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from graft.recipe import Optimizer, Quantization, Scheduler
+from graft.recipe import Optimizer, Quantization, Scheduler, Truncation
 
 Auto = Literal["auto"]
 
@@ -73,6 +73,13 @@ class EarlyStoppingRequest(Request):
     warmup_evals: int = Field(default=1, ge=0, le=100)
 
 
+class SupervisionRequest(Request):
+    """From which share of the rows on a job is refused because of what they would teach. 1 lets everything pass."""
+
+    max_untrained: float = Field(default=0.05, ge=0.0, le=1.0)
+    max_without_end: float = Field(default=0.05, ge=0.0, le=1.0)
+
+
 class JobCreate(Request):
     """Body of `POST /v1/fine_tuning/jobs`."""
 
@@ -104,12 +111,16 @@ class JobCreate(Request):
     max_grad_norm: float = Field(default=1.0, ge=0.0, le=10.0)
     optimizer: Optimizer = "adamw_torch"
     max_seq_length: Auto | Annotated[int, Field(ge=128)] = "auto"
+    truncation: Truncation = "truncate_right"
+    supervision: SupervisionRequest | None = None
     packing: Auto | bool = "auto"
     train_on_inputs: Auto | bool = "auto"
     gradient_checkpointing: bool = True
     validation_split: Auto | Annotated[float, Field(ge=0.0, le=0.5)] = "auto"
     n_evals: int = Field(default=10, ge=0, le=100)
     early_stopping: EarlyStoppingRequest | None = None
+    priority: int = Field(default=0, ge=-10, le=10)
+    max_runtime_seconds: Annotated[float, Field(gt=0)] | None = None
 
 
 # -- responses ----------------------------------------------------------------------------------------------------
@@ -143,6 +154,56 @@ class FileObject(BaseModel):
     status: str
     status_details: str | None
     sha256: str
+
+
+class RowFault(BaseModel):
+    """One fault of a training file. `path` is the place inside the row, such as `messages[2].role`."""
+
+    line: int
+    path: str
+    code: str
+    message: str
+    hint: str
+
+
+class FileWarning(BaseModel):
+    """What deserves a look although the file can be trained on: in how many rows, and the first lines."""
+
+    code: str
+    message: str
+    hint: str
+    count: int
+    lines: list[int]
+
+
+class LengthsObject(BaseModel):
+    """Characters of text a row; `histogram` holds [below, rows] for powers of two."""
+
+    min: int
+    p50: int
+    p90: int
+    p99: int
+    max: int
+    histogram: list[tuple[int, int]]
+
+
+class FileReportObject(BaseModel):
+    """Graft's own: what reading a training file line by line has found. `errors` holds the first 1,000 faults,
+    `error_codes` counts all of them by code."""
+
+    id: str
+    object: Literal["file.report"] = "file.report"
+    status: str
+    format: str | None
+    rows: int
+    turns: dict[str, int]
+    characters: int
+    bytes: int
+    lengths: LengthsObject
+    error_count: int
+    error_codes: dict[str, int]
+    errors: list[RowFault]
+    warnings: list[FileWarning]
 
 
 class Deleted(BaseModel):

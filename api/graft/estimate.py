@@ -1,0 +1,215 @@
+"""What a job will take, before it runs: steps, seconds, memory, on each worker there is.
+
+The planner's arithmetic does it, with the rates that a worker measured of its device; what finished jobs really took on
+the same kind of device corrects it. Seconds count from the claim to the result: loading, steps, evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from graft import planner
+from graft.planner import Budget, Card, ModelShape, PlanRefused, Work
+from graft.recipe import Recipe
+
+# Before any job has finished: how far off the arithmetic may be, each way, and how long the first load takes.
+COLD_SHARE, LEARNT_SHARE = 0.35, 0.15
+STARTUP_SECONDS = 12.0
+# An evaluation is a forward without anything kept: about so much of a step's time a token.
+EVALUATION_SHARE = 1 / 3
+LEARNT_FROM = 8
+# Pinned host memory that a worker is taken to have for what is offloaded.
+HOST_BYTES = 64 * planner.GIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """The rows that a job trains on and evaluates, in tokens after truncation.
+
+    `squares` is the sum of the squared lengths of the training rows; `exact` is false where a part of a large file
+    stands for the whole.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    squares: float
+    longest: int
+    valid_rows: int = 0
+    valid_tokens: int = 0
+    exact: bool = True
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], trained_tokens: int, valid_lengths: Sequence[int] = ()) -> Amount:
+        """Of rows that have all been tokenised."""
+        return cls(
+            rows=len(lengths),
+            tokens=sum(lengths),
+            trained_tokens=trained_tokens,
+            squares=float(sum(length * length for length in lengths)),
+            longest=max(*lengths, *valid_lengths, 1),
+            valid_rows=len(valid_lengths),
+            valid_tokens=sum(valid_lengths),
+        )
+
+    def scaled(self, rows: int, valid_rows: int) -> Amount:
+        """The same kind of rows, as many as there really are."""
+        grown, valid = rows / max(self.rows, 1), valid_rows / max(self.valid_rows, 1)
+        return Amount(
+            rows=rows,
+            tokens=round(self.tokens * grown),
+            trained_tokens=round(self.trained_tokens * grown),
+            squares=self.squares * grown,
+            longest=self.longest,
+            valid_rows=valid_rows,
+            valid_tokens=round(self.valid_tokens * valid),
+            exact=self.exact and rows == self.rows and valid_rows == self.valid_rows,
+        )
+
+
+def work_of(
+    recipe: Recipe, amount: Amount, *, micro_batch_tokens: int | None = None, head_chunk_rows: int | None = None
+) -> Work:
+    """What a step computes, in the planner's words. The last two are what a job's earlier start decided."""
+    # Steps differ in their rows: the mean, and a quarter more.
+    step = min(int(1.25 * amount.tokens / amount.rows * recipe.batch_size) + 1, amount.tokens)
+    return Work(
+        step_tokens=min(max(amount.longest, step), max(recipe.micro_batch_tokens, amount.longest)),
+        longest_document=amount.longest,
+        document_tokens=amount.squares / amount.tokens,
+        packed=recipe.packing,
+        trained_share=min(1.0, max(amount.trained_tokens / amount.tokens, 1e-3)),
+        micro_batch_tokens=micro_batch_tokens,
+        head_chunk_rows=head_chunk_rows,
+    )
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of the run."""
+    return recipe.n_epochs * math.ceil(rows / recipe.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """Where a job could run, as a worker describes it. `bytes` is what its allocator may hold, None on a CPU; `rates`
+    are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second."""
+
+    name: str
+    bytes: int | None
+    rates: Mapping[str, float]
+    worker: str | None = None
+
+    def card(self) -> Card:
+        """Its rates, in the planner's form."""
+        if self.bytes is None:
+            return planner.cpu(self.name, **self.rates)
+        return planner.H100.scaled(self.name, **self.rates)
+
+
+# What an estimate is made for where no worker has said what it has.
+REFERENCE = Device(
+    name=planner.H100.name,
+    bytes=planner.allocator_budget(80_000_000_000),
+    rates={"gemm": planner.H100.product, "copy": planner.H100.copy, "link": planner.H100.to_host},
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learnt:
+    """From jobs that finished on such a device with such a base model: how long they took to begin, and how much
+    longer than predicted their steps and evaluations took. Medians over `jobs` of them."""
+
+    startup_seconds: float = STARTUP_SECONDS
+    factor: float = 1.0
+    jobs: int = 0
+
+    @classmethod
+    def from_jobs(cls, finished: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Learnt:
+        """Of (estimate, measured) pairs, the newest first, as they stand in the jobs' rows."""
+        pairs = [(e, m) for e, m in finished if e.get("raw_seconds") and m.get("training_seconds")][:LEARNT_FROM]
+        if not pairs:
+            return cls()
+        return cls(
+            startup_seconds=statistics.median(m["startup_seconds"] for _, m in pairs),
+            factor=statistics.median(m["training_seconds"] / e["raw_seconds"] for e, m in pairs),
+            jobs=len(pairs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What one job will take on one device. Where it does not fit, `refusal` says what would make it fit.
+
+    `peak_bytes` is the plan's, which takes what there is (on a CPU what the process grows by); `needs_bytes` what the
+    job could not do without on a GPU. `raw_seconds` is the arithmetic's own, before what finished jobs have taught.
+    """
+
+    device: str
+    worker: str | None
+    fits: bool
+    refusal: str | None
+    steps: int
+    peak_bytes: int
+    needs_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    raw_seconds: float
+    step_seconds: float
+    learnt_from_jobs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For the job's row and for the wire."""
+        return asdict(self)
+
+
+def estimate(recipe: Recipe, shape: ModelShape, amount: Amount, device: Device, learnt: Learnt) -> Estimate:
+    """What the job takes on the device.
+
+    Raises:
+        ValueError: a target module is not a linear of this model.
+    """
+    steps = total_steps(recipe, amount.rows)
+    work, card = work_of(recipe, amount), device.card()
+    refusal = None
+    if device.bytes is None:
+        plan = planner.cpu_plan(recipe, shape, work, card)
+    else:
+        budget = Budget(device=planner.usable_bytes(device.bytes), host=HOST_BYTES)
+        try:
+            plan = planner.plan_for(recipe, shape, work, budget, card=card)
+        except PlanRefused as refused:
+            refusal = str(refused)
+            plan = planner.plan_for(recipe, shape, work, replace(budget, device=refused.needed), card=card)
+    # A plan takes what there is; what it could not do without decides who can run the job.
+    adapter = planner.AdapterShape.from_settings(recipe.lora, recipe.optimizer)
+    least = planner.least_bytes(
+        shape, adapter, work, Budget(device=0, host=HOST_BYTES), quantization=recipe.quantization, card=card
+    )
+    # A step has the mean number of tokens, not the most.
+    mean = amount.tokens / max(1.0, amount.rows / recipe.batch_size)
+    seconds_a_token = plan.micro_batch_seconds / plan.micro_batch_tokens
+    step_seconds = seconds_a_token * mean + plan.optimizer_seconds
+    evaluations = (max(recipe.n_evals, 1) + 1) * amount.valid_tokens * seconds_a_token * EVALUATION_SHARE
+    raw = steps * step_seconds + evaluations
+    seconds = learnt.startup_seconds + raw * learnt.factor
+    share = LEARNT_SHARE if learnt.jobs >= 2 else COLD_SHARE
+    return Estimate(
+        device=device.name,
+        worker=device.worker,
+        fits=refusal is None,
+        refusal=refusal,
+        steps=steps,
+        peak_bytes=plan.peak_bytes,
+        needs_bytes=least,
+        seconds=seconds,
+        seconds_low=seconds * (1 - share),
+        seconds_high=seconds * (1 + share),
+        raw_seconds=raw,
+        step_seconds=step_seconds * learnt.factor,
+        learnt_from_jobs=learnt.jobs,
+    )

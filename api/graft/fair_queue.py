@@ -1,0 +1,415 @@
+"""Whose turn it is: priority, then weighted fair share by project, then age.
+
+A project's usage is the GPU-seconds that its jobs have held a worker, of which each counts half after a day, divided by
+the project's weight. Of the projects whose next job has the highest priority, the one with the least usage is served.
+So a project with a thousand queued jobs does not keep another waiting for longer than until the next worker is free.
+
+A project's running jobs count as they run, each for a minute at least: what was claimed a moment ago has used nothing
+yet, and several workers that look at the same time shall not all serve the same project.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, Subquery, and_, case, func, literal, or_, select, true, update
+from sqlalchemy.orm import Session, aliased
+
+from graft.db import Database, now, one_at_a_time
+from graft.models import Job, JobStatus, Project
+from graft.workers import alive
+
+HALF_LIFE_SECONDS = 24 * 3600.0
+# A running job counts so many GPU-seconds from its first moment on.
+LEAST_SECONDS = 60.0
+# A job on the base model that the worker holds overtakes older ones of its project and priority, if they are not older
+# than it by more than this. So each job is overtaken by finitely many, and no other project is.
+WARM_SECONDS = 600.0
+
+# The indexes of queued jobs serve a query that spells this value, not one that binds it.
+QUEUED: ColumnElement[str] = literal(JobStatus.QUEUED.value, literal_execute=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The project that is next, and its job that would be taken."""
+
+    project_id: str
+    max_running_jobs: int | None
+    priority: int
+    created_at: float
+
+
+# -- choosing -----------------------------------------------------------------------------------------------------
+
+
+def whose_turn(
+    session: Session, *, device_bytes: int | None = None, job_id: str | None = None, passed: Collection[str] = ()
+) -> Turn | None:
+    """The project that the next free worker should serve; None if nothing can be run.
+
+    Costs a few index entries for each project, however many jobs are queued.
+
+    Args:
+        device_bytes: the memory that the worker has for a job; None takes any job.
+        job_id: look at this job only.
+        passed: projects that are to be passed over.
+    """
+    mine = aliased(Job)
+    fits = [mine.project_id == Project.id, *_due(mine, device_bytes, job_id)]
+    priority = select(mine.priority).where(*fits).order_by(mine.priority.desc()).limit(1).scalar_subquery()
+    first = aliased(Job)
+    fits = [first.project_id == Project.id, first.priority == priority, *_due(first, device_bytes, job_id)]
+    created_at = select(first.created_at).where(*fits).order_by(first.created_at).limit(1).scalar_subquery()
+    running = _running()
+    query = (
+        select(Project.id, Project.max_running_jobs, priority.label("priority"), created_at.label("created_at"))
+        .outerjoin(running, running.c.project_id == Project.id)
+        .where(or_(Project.max_running_jobs.is_(None), func.coalesce(running.c.jobs, 0) < Project.max_running_jobs))
+    )
+    if passed:
+        query = query.where(Project.id.not_in(passed))
+    found = query.add_columns(_share(running).label("share")).subquery()
+    row = session.execute(
+        select(found)
+        .where(found.c.priority.is_not(None))
+        .order_by(found.c.priority.desc(), found.c.share, found.c.created_at, found.c.id)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else Turn(row.id, row.max_running_jobs, row.priority, row.created_at)
+
+
+def take(
+    session: Session, *, device_bytes: int | None = None, warm: str | None = None, job_id: str | None = None
+) -> Job | None:
+    """The job that a free worker should run, locked until the transaction ends; None if there is none.
+
+    Args:
+        warm: the base model that the worker holds already.
+    """
+    passed: set[str] = set()
+    while (turn := whose_turn(session, device_bytes=device_bytes, job_id=job_id, passed=passed)) is not None:
+        if turn.max_running_jobs is not None:
+            # Two claims at once would each see room for one more.
+            one_at_a_time(session, f"running jobs of {turn.project_id}")
+            if _count_running(session, turn.project_id) >= turn.max_running_jobs:
+                passed.add(turn.project_id)
+                continue
+        due = (
+            select(Job)
+            .where(Job.project_id == turn.project_id, Job.priority == turn.priority, *_due(Job, device_bytes, job_id))
+            .order_by(Job.created_at, Job.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        job = None
+        if warm is not None:
+            soon = Job.created_at <= turn.created_at + WARM_SECONDS
+            job = session.scalar(due.where(Job.base_model == warm, soon))
+        job = job or session.scalar(due)
+        if job is not None:
+            return job
+        passed.add(turn.project_id)  # others are just taking all it has
+    return None
+
+
+def _due(job: type[Job], device_bytes: int | None, job_id: str | None = None) -> list[ColumnElement[bool]]:
+    conditions = [job.status == QUEUED, job.not_before <= now()]
+    if device_bytes is not None:
+        conditions.append(or_(job.needs_bytes.is_(None), job.needs_bytes <= device_bytes))
+    if job_id is not None:
+        conditions.append(job.id == job_id)
+    return conditions
+
+
+def _running() -> Subquery:
+    """Of each project with running jobs: how many, and the GPU-seconds they count."""
+    held = func.coalesce(now() - Job.held_since, 0.0)
+    return (
+        select(
+            Job.project_id,
+            func.count().label("jobs"),
+            func.sum(case((held > LEAST_SECONDS, held), else_=LEAST_SECONDS)).label("seconds"),
+        )
+        .where(Job.status == JobStatus.RUNNING)
+        .group_by(Job.project_id)
+        .subquery()
+    )
+
+
+def _count_running(session: Session, project_id: str) -> int:
+    query = select(func.count()).where(Job.project_id == project_id, Job.status == JobStatus.RUNNING)
+    return session.scalar(query) or 0
+
+
+# -- shares -------------------------------------------------------------------------------------------------------
+
+
+def _decayed() -> ColumnElement[float]:
+    """A project's usage as it counts now."""
+    half_lives = (now() - Project.usage_at) / HALF_LIFE_SECONDS
+    return case((half_lives > 100.0, 0.0), else_=Project.usage * func.pow(0.5, half_lives))
+
+
+def _share(running: Subquery) -> ColumnElement[float]:
+    return (_decayed() + func.coalesce(running.c.seconds, 0.0)) / Project.weight
+
+
+def charge(session: Session, project_id: str, seconds: float) -> None:
+    """Count the GPU-seconds of an attempt that has ended."""
+    session.execute(
+        update(Project)
+        .where(Project.id == project_id)
+        .values(usage=_decayed() + seconds, usage_at=now())
+        .execution_options(synchronize_session=False)
+    )
+
+
+def set_limits(
+    session: Session, project_id: str, *, weight: float | None = None, max_running_jobs: int | None = None
+) -> bool:
+    """Set a project's share beside the others, and how many of its jobs may run at once (0: no limit).
+
+    None leaves a value as it is. False: no such project.
+
+    Raises:
+        ValueError: the weight is not above 0, or the limit is negative.
+    """
+    project = session.get(Project, project_id)
+    if project is None:
+        return False
+    if weight is not None:
+        if not (0 < weight < math.inf):
+            raise ValueError(f"A project's weight must be above 0, not {weight}.")
+        project.weight = weight
+    if max_running_jobs is not None:
+        if max_running_jobs < 0:
+            raise ValueError(f"The limit on running jobs must be 0 (none) or more, not {max_running_jobs}.")
+        project.max_running_jobs = max_running_jobs or None
+    session.flush()
+    return True
+
+
+# -- looking ahead ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a queued job stands. `predicted_start` is None where no estimate covers all that is ahead."""
+
+    position: int
+    predicted_start: float | None
+    waiting_for: str | None
+
+
+def queue_position(session: Session, job_id: str, *, heartbeat_seconds: float) -> Place | None:
+    """Where the job stands; None if it is not queued. For many jobs, or often, ask a `Forecast`."""
+    return forecast(session, heartbeat_seconds=heartbeat_seconds).get(job_id)
+
+
+def forecast(session: Session, *, heartbeat_seconds: float) -> dict[str, Place]:
+    """The place of every queued job, from letting the workers that are alive work through the queue in thought.
+
+    Durations are the jobs' estimates (`estimate["seconds"]`, less what is trained already) and the running jobs'
+    `estimated_finish`. Beyond `MOST_STARTS` jobs the order is by priority and age alone.
+    """
+    return _Simulation(session, heartbeat_seconds).run()
+
+
+# What is predicted beyond that is too far ahead to be true.
+MOST_STARTS = 1000
+# Stands for a duration that nobody knows, so that the order goes on; what comes after is not predicted.
+UNKNOWN_SECONDS = 600.0
+
+
+class _Simulation:
+    """The queue and the workers as they are now, and then as they will be."""
+
+    def __init__(self, session: Session, heartbeat_seconds: float) -> None:
+        running = _running()
+        rows = session.execute(
+            select(
+                Project.id,
+                Project.weight,
+                Project.max_running_jobs,
+                _share(running).label("share"),
+                func.coalesce(running.c.jobs, 0).label("jobs"),
+                now().label("now"),
+            ).outerjoin(running, running.c.project_id == Project.id)
+        ).all()
+        self.now = rows[0].now if rows else 0.0
+        self.weight = {row.id: row.weight for row in rows}
+        self.limit = {row.id: row.max_running_jobs for row in rows if row.max_running_jobs is not None}
+        self.share = {row.id: row.share for row in rows}
+        self.running = {row.id: row.jobs for row in rows}
+        workers = alive(session, heartbeat_seconds)
+        self.has_workers = bool(workers)
+        self.devices = sorted({math.inf if worker.device_bytes is None else worker.device_bytes for worker in workers})
+        self.releases: list[tuple[float, str]] = []
+        self.slots: list[tuple[float, int, float, bool]] = []  # free at, number, memory, whether that is known
+        busy: dict[str, tuple[float, bool]] = {}
+        for row in session.execute(_with_seconds(JobStatus.RUNNING, Job.lease_owner, Job.estimated_finish)):
+            ends = row.estimated_finish or (None if row.seconds is None else self.now + _remaining(row))
+            known = ends is not None
+            ends = max(self.now, ends) if ends is not None else self.now + UNKNOWN_SECONDS
+            busy[row.lease_owner] = (ends, known)
+            heapq.heappush(self.releases, (ends, row.project_id))
+        for worker in workers:
+            free, known = busy.pop(worker.id, (self.now, True))
+            self._add_slot(free, math.inf if worker.device_bytes is None else worker.device_bytes, known)
+        if not workers:  # nobody knows when, but still in which order
+            self.devices = [math.inf]
+            self._add_slot(self.now, math.inf, False)
+        columns = (Job.id, Job.priority, Job.created_at, Job.not_before, Job.needs_bytes, Job.waiting_for)
+        self.queued = session.execute(
+            _with_seconds(JobStatus.QUEUED, *columns).order_by(Job.priority.desc(), Job.created_at, Job.id)
+        ).all()
+
+    def _add_slot(self, free: float, memory: float, known: bool) -> None:
+        heapq.heappush(self.slots, (free, len(self.slots), memory, known))
+
+    def run(self) -> dict[str, Place]:
+        """The jobs in the order in which they start."""
+        # A line holds the jobs of one project that the same workers can run; its first is always the next.
+        lines: dict[tuple[str, float], deque[Any]] = defaultdict(deque)
+        too_large = []
+        for row in self.queued:
+            fitting = [device for device in self.devices if (row.needs_bytes or 0) <= device]
+            if fitting:
+                lines[row.project_id, fitting[0]].append(row)
+            else:
+                too_large.append(row)
+        heap = [self._entry(key, line) for key, line in lines.items()]
+        heapq.heapify(heap)
+        full = {project for project, most in self.limit.items() if self.running[project] >= most}
+        starts: list[tuple[Any, float | None]] = []
+        while heap and self.slots and len(starts) < MOST_STARTS:
+            free, number, memory, known = heapq.heappop(self.slots)
+            while self.releases and self.releases[0][0] <= free:
+                self.running[heapq.heappop(self.releases)[1]] -= 1
+            aside, key, limited = [], None, False
+            while heap:
+                entry = heapq.heappop(heap)
+                (project, needs), line = entry[-1], lines[entry[-1]]
+                if entry[1] != self.share[project]:
+                    heapq.heappush(heap, self._entry((project, needs), line))
+                elif needs <= memory and self.running[project] < self.limit.get(project, math.inf):
+                    key = (project, needs)
+                    break
+                else:
+                    limited = limited or needs <= memory
+                    aside.append(entry)
+            for entry in aside:
+                heapq.heappush(heap, entry)
+            if key is None:
+                if limited and self.releases:  # nothing for this worker until one of them ends
+                    heapq.heappush(self.slots, (self.releases[0][0], number, memory, False))
+                continue
+            row = lines[key].popleft()
+            start = max(free, row.not_before)
+            starts.append((row, start if known else None))
+            seconds = UNKNOWN_SECONDS if row.seconds is None else _remaining(row)
+            self.share[key[0]] += max(seconds, LEAST_SECONDS) / self.weight[key[0]]
+            self.running[key[0]] += 1
+            heapq.heappush(self.releases, (start + seconds, key[0]))
+            heapq.heappush(self.slots, (start + seconds, number, memory, known and row.seconds is not None))
+            if lines[key]:
+                heapq.heappush(heap, self._entry(key, lines[key]))
+        rest = sorted((row for line in lines.values() for row in line), key=lambda row: (-row.priority, row.created_at))
+        placed = [*starts, *((row, None) for row in [*rest, *too_large])]
+        largest = max(self.devices)
+        places = {}
+        for position, (row, begins) in enumerate(placed, start=1):
+            reason = row.waiting_for
+            if not self.has_workers:
+                reason = reason or "No worker is running."
+            elif (row.needs_bytes or 0) > largest:
+                reason = reason or too_large_for(row.needs_bytes, int(largest))
+            elif row.project_id in full:
+                reason = f"The project's limit of {self.limit[row.project_id]} running jobs is reached."
+            places[row.id] = Place(position, begins, reason)
+        return places
+
+    def _entry(self, key: tuple[str, float], line: deque[Any]) -> tuple[Any, ...]:
+        return (-line[0].priority, self.share[key[0]], line[0].created_at, line[0].id, key)
+
+
+def _with_seconds(status: JobStatus, *columns: Any) -> Select[Any]:
+    seconds = Job.estimate["seconds"].as_float().label("seconds")
+    query = select(Job.project_id, Job.step, Job.total_steps, seconds, *columns)
+    return query.where(Job.status == (QUEUED if status is JobStatus.QUEUED else status))
+
+
+def _remaining(row: Any) -> float:
+    done = row.step / row.total_steps if row.total_steps else 0.0
+    return float(row.seconds * max(0.0, 1.0 - done))
+
+
+def too_large_for(needs_bytes: int, largest: int) -> str:
+    """The sentence for a job that fits no worker's device."""
+    return (
+        f"The job needs {needs_bytes / 2**30:.1f} GiB of device memory; the largest worker has {largest / 2**30:.1f} "
+        "GiB. It starts when a larger one is there."
+    )
+
+
+def waiting_changes(session: Session, *, heartbeat_seconds: float) -> dict[str, str | None]:
+    """Queued jobs that fit no living worker and do not say so yet, with their sentence; and those that fit again.
+
+    Without any worker nothing is said: that is no property of a job.
+    """
+    workers = alive(session, heartbeat_seconds)
+    if not workers:
+        return {}
+    devices = [worker.device_bytes for worker in workers if worker.device_bytes is not None]
+    largest = max(devices) if len(devices) == len(workers) else None
+    fits = true() if largest is None else or_(Job.needs_bytes.is_(None), Job.needs_bytes <= largest)
+    rows = session.execute(
+        select(Job.id, Job.needs_bytes, Job.waiting_for)
+        .where(Job.status == QUEUED)
+        .where(or_(and_(Job.waiting_for.is_not(None), fits), and_(Job.waiting_for.is_(None), ~fits)))
+        .limit(1000)
+    )
+    return {
+        row.id: too_large_for(row.needs_bytes, largest) if row.waiting_for is None and largest is not None else None
+        for row in rows
+    }
+
+
+class Forecast:
+    """The last forecast of one API process, made anew when somebody asks and it is no longer fresh.
+
+    So a thousand clients that follow their queued jobs cost as much as one, and no poll more than it did.
+    """
+
+    FRESH_SECONDS = 5.0
+    # For a job that came into the queue since.
+    FRESH_FOR_NEW_SECONDS = 0.5
+
+    def __init__(self, database: Database, *, heartbeat_seconds: float) -> None:
+        self._db, self._heartbeat = database, heartbeat_seconds
+        self._places: dict[str, Place] = {}
+        self._made = -math.inf
+        self._making = threading.Lock()
+
+    def of(self, job: Job) -> Place | None:
+        """Where the job stands. None: it is not queued, or was queued just now."""
+        if job.status != JobStatus.QUEUED:
+            return None
+        fresh = self.FRESH_SECONDS if job.id in self._places else self.FRESH_FOR_NEW_SECONDS
+        # Whoever finds it being made takes the last one.
+        if time.monotonic() - self._made > fresh and self._making.acquire(blocking=False):
+            try:
+                with self._db.read() as session:
+                    self._places = forecast(session, heartbeat_seconds=self._heartbeat)
+                self._made = time.monotonic()
+            finally:
+                self._making.release()
+        return self._places.get(job.id)

@@ -36,10 +36,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graft_kernels.fused_hopper import _fused_hopper_kernel, input_tiles
 from graft_kernels.launch import (
     INTERPRETED,
     KERNEL_DTYPES,
     cdiv,
+    is_hopper,
     launch,
     next_power_of_2,
     runs_kernels,
@@ -56,6 +58,11 @@ MAX_INLINE_RANK = 64
 # Rank is walked through in chunks of this many where S is multiplied by the up factor: it bounds the shared memory.
 _RANK_CHUNK = 64
 _REDUCE_BLOCK_O = 128
+# The kernel of `fused_hopper.py`: its largest rank; from how many elements of a weight on it serves up to 256 tokens;
+# and how many programs run at a time on the card that it was measured on.
+_HOPPER_RANK = 64
+_LARGE_WEIGHT = 20_000_000
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,7 @@ class FusedConfig:
     inline: bool = True  # S inside the same launch; False: a library product before it
     scales_shared: bool = True  # the second level's 256 values are looked up in shared memory, not through the L1
     max_registers: int | None = None  # per thread: fewer let more programs share a multiprocessor
+    hopper: bool = False  # the kernel of `fused_hopper.py`: block_m is 256, block_o 64 or 128, S comes first
 
 
 def fused_linear_reference(
@@ -283,6 +291,28 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _low_rank_input_kernel(  # type: ignore[no-untyped-def]
+    in_ptr, down_ptr, s_ptr, M, sum_size, stride_in, stride_dj, stride_dr, scale,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SLICE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """s·S for BLOCK_M tokens, the reduction cut into slices of which every warp has its own."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :, None]
+    j = tl.arange(0, RANK_BLOCK)[None, None, :]
+    group = tl.arange(0, GROUPS)[:, None, None] * SLICE
+    acc = tl.zeros((GROUPS, BLOCK_M, RANK_BLOCK), tl.float32)
+    for start in tl.range(0, sum_size, GROUPS * SLICE, num_stages=3):
+        k = start + group + tl.arange(0, SLICE)[None, None, :]
+        x = tl.load(in_ptr + row * stride_in + k, mask=(row < M) & (k < sum_size), other=0.0)
+        k = start + group + tl.arange(0, SLICE)[None, :, None]
+        down = tl.load(down_ptr + k * stride_dr + j * stride_dj, mask=(k < sum_size) & (j < RANK), other=0.0)
+        acc = tl.dot(x, down.to(x.dtype), acc, input_precision="ieee")
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, RANK_BLOCK)
+    s = (tl.sum(acc, axis=0) * scale).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + row[:, None] * RANK + j[None, :], s, mask=(row < M)[:, None] & (j < RANK)[None, :])
+
+
+@triton.jit
 def _fused_reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, s_ptr, up_ptr, bias_ptr, out_ptr, M, out_size, stride_out, stride_uo, stride_uj, scale,
     RANK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -314,16 +344,21 @@ def _code(device: torch.device) -> Tensor:
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
-def fused_config(m: int, n: int, k: int, rank: int, direction: str, *, wide: bool = True) -> FusedConfig:
+def fused_config(
+    m: int, n: int, k: int, rank: int, direction: str, *, wide: bool = True, hopper: bool = False
+) -> FusedConfig:
     """The cut for M tokens and a weight [N, K]; `direction` is "forward" or "backward".
 
     From a sweep on an H100 over the four linear shapes of an 8B model, rank 16. Small tiles want several programs on a
     multiprocessor, which hide each other's waits; tiles of 256 tokens fill one each. Not `wide`: without those, which
-    spill registers on cards other than the H100's kind.
+    spill registers on cards other than the H100's kind. `hopper`: with the kernel of `fused_hopper.py`, which is ahead
+    from 129 tokens on; for small weights, whose tiles are too few to fill the card, from 257 on.
     """
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction is {direction!r}, expected 'forward' or 'backward'")
     out_size, sum_size = (n, k) if direction == "forward" else (k, n)
+    if hopper and m > 128 and (m > 256 or n * k >= _LARGE_WEIGHT):
+        return _hopper_config(m, out_size, sum_size)
     inline = rank <= MAX_INLINE_RANK
     block_m = min(256, max(16, next_power_of_2(max(m, 1))))
     if sum_size % 64 != 0:
@@ -345,6 +380,39 @@ def fused_config(m: int, n: int, k: int, rank: int, direction: str, *, wide: boo
         num_stages=3,
         splits=splits,
         inline=inline,
+    )
+
+
+def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
+    """The cut whose time the sweep's figures predict to be least: microseconds for a step of 64 of the reduction, and
+    for writing and adding partial sums. The prediction is within a tenth of what the sweep measured."""
+    best: tuple[float, FusedConfig] | None = None
+    for block_o, step in ((128, 1.0), (64, 0.8)):
+        for splits in (1, 2, 4):
+            steps = cdiv(sum_size // 64, splits)
+            programs = cdiv(m, 256) * cdiv(out_size, block_o) * splits
+            adding = 0.0 if splits == 1 else 4.0 + splits * m * out_size * 8 / 2.5e6
+            time = cdiv(programs, _MULTIPROCESSORS) * steps * step + adding
+            if steps * splits * 64 >= sum_size and (best is None or time < best[0]):
+                cut = FusedConfig(
+                    block_m=256, block_o=block_o, block_r=64, num_warps=8, num_stages=4, splits=splits,
+                    inline=False, hopper=True,
+                )  # fmt: skip
+                best = time, cut
+    assert best is not None
+    return best[1]
+
+
+def _hopper_takes(in_: Tensor, sum_size: int, rank: int) -> bool:
+    """Whether the kernel of `fused_hopper.py` takes this input [M, R]: it copies tiles that begin at 16 bytes, sums
+    over whole steps of 64, and holds S and its factor in shared memory."""
+    return (
+        is_hopper(in_.device)
+        and in_.dtype in (torch.float16, torch.bfloat16)
+        and sum_size % 64 == 0
+        and rank <= _HOPPER_RANK
+        and in_.stride(0) % 8 == 0
+        and in_.data_ptr() % 16 == 0
     )
 
 
@@ -413,15 +481,23 @@ def _fused(
     if m == 0:
         return out
 
-    wide = shared_memory(in_.device) >= 200 * 1024
-    cut = fused_config(m, n, k, rank, direction, wide=wide) if config is None else config
+    hopper = _hopper_takes(in_, sum_size, rank)
+    cut = config
+    if cut is None:
+        wide = shared_memory(in_.device) >= 200 * 1024
+        cut = fused_config(m, n, k, rank, direction, wide=wide, hopper=hopper)
+    elif cut.hopper and not hopper:
+        raise ValueError(
+            f"the Hopper kernel does not take {in_.dtype} with row stride {in_.stride(0)} on {in_.device}, a sum over "
+            f"{sum_size} and rank {rank}"
+        )
     along_k = cut.block_o if backward else cut.block_r
     if along_k % BLOCKSIZE != 0:
         raise ValueError(f"the block along K is {along_k}, expected a multiple of {BLOCKSIZE}")
     steps = cdiv(sum_size, cut.block_r)
     steps_per_split = cdiv(steps, cut.splits)
     splits = cdiv(steps, steps_per_split)  # no split is left without work
-    inline = cut.inline or splits > 1
+    inline = not cut.hopper and (cut.inline or splits > 1)
 
     words = weight.packed.view(-1).view(torch.int32)
     nested = weight.code2 is not None
@@ -436,8 +512,15 @@ def _fused(
         else:
             stride_dj, stride_dr = lora_a.stride()
             stride_uo, stride_uj = lora_b.stride()
-        if splits > 1:
+        if splits > 1 and not cut.hopper:
             s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
+        elif cut.hopper:
+            s, stride_s = in_.new_empty(m, rank), rank
+            launch(
+                _low_rank_input_kernel, (cdiv(m, 16),),
+                in_, down, s, m, sum_size, in_.stride(0), stride_dj, stride_dr, float(scale),
+                RANK=rank, RANK_BLOCK=max(16, next_power_of_2(rank)), GROUPS=8, SLICE=64, BLOCK_M=16, num_warps=8,
+            )  # fmt: skip
         elif not inline:
             down_Rr = (lora_b if backward else lora_a.t()).to(in_.dtype)
             s = torch.addmm(in_.new_empty(1), in_, down_Rr, beta=0, alpha=scale)
@@ -445,28 +528,41 @@ def _fused(
     target = out if splits == 1 else in_.new_empty(splits, m, out_size, dtype=torch.float32)
     rank_block = max(16, next_power_of_2(max(rank, 1)))
     chunk = min(_RANK_CHUNK, rank_block)
-    extra = cdiv(rank, chunk) if splits > 1 else 0
-    launch(
-        _fused_linear_kernel,
-        (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
-        in_, words, weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset, down, up, s, bias,
-        target, s_partial,
-        m, n, k, in_.stride(0), target.stride(-2), stride_dj, stride_dr, stride_uo, stride_uj, stride_s, float(scale),
-        steps_per_split,
-        RANK=rank, RANK_BLOCK=rank_block if inline and splits == 1 else 16, CHUNK=chunk, INLINE=inline,
-        BACKWARD=backward,
-        NESTED=nested, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
-        EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
-        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
-        num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
-    )  # fmt: skip
+    if cut.hopper:
+        launch(
+            _fused_hopper_kernel,
+            (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o), splits),
+            input_tiles(in_, cut.block_m, cut.block_r), words, weight.absmax, _code(in_.device), weight.code2,
+            weight.absmax2, weight.offset, s, up, bias, target,
+            m, out_size, sum_size, target.stride(-2), k // 8, k // 64, stride_s, stride_uo, stride_uj,
+            steps_per_split,
+            RANK=rank, RANK_BLOCK=rank_block, BACKWARD=backward, NESTED=nested, HAS_BIAS=bias is not None,
+            SPLITS=splits, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
+            num_warps=cut.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    else:
+        extra = cdiv(rank, chunk) if splits > 1 else 0
+        launch(
+            _fused_linear_kernel,
+            (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
+            in_, words, weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
+            down, up, s, bias, target, s_partial,
+            m, n, k, in_.stride(0), target.stride(-2), stride_dj, stride_dr, stride_uo, stride_uj, stride_s,
+            float(scale), steps_per_split,
+            RANK=rank, RANK_BLOCK=rank_block if inline and splits == 1 else 16, CHUNK=chunk, INLINE=inline,
+            BACKWARD=backward,
+            NESTED=nested, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
+            EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
+            BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
+            num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
+        )  # fmt: skip
     if splits > 1:
         block_m = 16
         launch(
             _fused_reduce_kernel,
             (cdiv(m, block_m), cdiv(out_size, _REDUCE_BLOCK_O)),
             target, s_partial, up, bias, out, m, out_size, out.stride(0), stride_uo, stride_uj, float(scale),
-            RANK=rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
+            RANK=0 if cut.hopper else rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_O=_REDUCE_BLOCK_O, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -40,6 +40,7 @@ __all__ = [
     "as_rows",
     "cdiv",
     "compile_only",
+    "is_hopper",
     "launch",
     "next_power_of_2",
     "runs_kernels",
@@ -183,6 +184,13 @@ def shared_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return _shared_memory_of(device.index or 0)
     return SHARED_MEMORY[_card_compiled_for or "sm_90"]
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the card has Hopper's tensor cores (compute capability 9): H100, H200, GH200."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] == 9
+    return device.type == "meta" and _card_compiled_for == "sm_90"
 
 
 @functools.cache

@@ -62,7 +62,8 @@ from graft_kernels.rope import rope_backward, rope_forward
 from graft_kernels.rope_qkv import rope_qkv_backward, rope_qkv_forward_
 from graft_kernels.swiglu import Activation, geglu, swiglu, swiglu_backward, swiglu_forward
 
-Pending = tuple[Tensor, Tensor]  # S [T, at least R] and B [R, H]: a sum S B that a tensor still lacks
+# S [T, at least R] and B [R, H]: a sum S B that a tensor still lacks; and [T, R], where whoever adds it leaves S
+Pending = tuple[Tensor, Tensor, Tensor]
 
 
 class Norm(NamedTuple):
@@ -482,8 +483,8 @@ def _qkv_ranks(linears: Sequence[Linear]) -> tuple[int, ...] | None:
 def o_forward(
     attention_TK: Tensor, o: Linear, lora: Lora, weight: Rows | Columns
 ) -> tuple[Tensor, Pending | None, Tensor | None]:
-    """(x [T, H], what is pending, S): the norm after it adds x + pending. A `Columns` where there is dropout: nothing
-    is pending."""
+    """(x [T, H], what is pending, S): the norm after it adds x + pending, and only then is S written. A `Columns` where
+    there is dropout: nothing is pending."""
     dtype, width, rank = attention_TK.dtype, o.weight.shape[0], o.rank
     if isinstance(weight, Columns):
         x_s = attention_TK
@@ -494,7 +495,8 @@ def o_forward(
     y_s = F.linear(attention_TK, weight.weight, stacked_bias((o,), dtype, weight.weight.shape[0] - width))
     if rank == 0:
         return y_s, None, None
-    return y_s[:, :width], (y_s[:, width:], weight.b), y_s[:, width : width + rank].contiguous()
+    s = y_s.new_empty(y_s.shape[0], rank)
+    return y_s[:, :width], (y_s[:, width:], weight.b, s), s
 
 
 def o_backward(

@@ -5,6 +5,8 @@ Rows lie anywhere, the elements of a row side by side. An input that is not so i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ def row_stride(tensor: Tensor | None) -> int:
 
 
 def low_rank_term(
-    name: str, left: str, right: str, given: tuple[Tensor, Tensor] | None, like: Tensor
+    name: str, left: str, right: str, given: Sequence[Tensor] | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The factors [T, at least R], [R, width] of a product that is added to `like`, checked; (None, None) without.
 

@@ -62,9 +62,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, gemma: bool = F
 
 @triton.jit
 def _forward_rows_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_stride, residual_ptr, residual_stride, s_ptr, s_stride, b_ptr, w_ptr,
+    x_ptr, x_stride, residual_ptr, residual_stride, s_ptr, s_stride, s_out_ptr, b_ptr, w_ptr,
     y_ptr, y_stride, z_ptr, z_stride, rho_ptr, T, H, eps,
-    PENDING_RANK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
+    PENDING_RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, KEEP_S: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GEMMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Whole rows in registers: every operand is read once."""
@@ -75,6 +76,13 @@ def _forward_rows_kernel(  # type: ignore[no-untyped-def]
     z = tl.load(x_ptr + row_64 * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + row_64 * residual_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if KEEP_S:
+        # Before the loop: its loads would wait for stores between them.
+        r = tl.arange(0, RANK_BLOCK)[None, :]
+        s_mask = (row < T)[:, None] & (r < PENDING_RANK)
+        tl.store(
+            s_out_ptr + row_64 * PENDING_RANK + r, tl.load(s_ptr + row_64 * s_stride + r, mask=s_mask), mask=s_mask
+        )
     # S B as a sum of outer products: the rows are too few for the tensor cores, and B is read from the L2 cache.
     for r in tl.static_range(PENDING_RANK):
         s = tl.load(s_ptr + row.to(tl.int64) * s_stride + r, mask=row < T, other=0.0).to(tl.float32)
@@ -327,7 +335,7 @@ def rms_norm_forward(
     *,
     gemma: bool = False,
     residual: Tensor | None = None,
-    pending: tuple[Tensor, Tensor] | None = None,
+    pending: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     z_out: Tensor | None = None,
     lora_a: Tensor | None = None,
@@ -341,7 +349,8 @@ def rms_norm_forward(
         eps: ε.
         gemma: y = z·ρ·(1 + w) with one rounding, in place of Llama's cast(z·ρ)·w.
         residual: [T, H], added to x.
-        pending: (S [T, at least R], B [R, H]): S B is added to x. S or B carries the scale.
+        pending: (S [T, at least R], B [R, H]): S B is added to x. S or B carries the scale. A third tensor, [T, R], is
+            where S goes, for whoever needs it after the memory of x and S.
         out: where y goes: [T, H], or [T, H + p] with `lora_a`, p >= R a multiple of 16. Allocated when missing, with
             the smallest p. y is all of it, the tail included.
         z_out: where z goes: [T, H]; may be the memory of x or `residual`. Only with one of the two sums.
@@ -367,8 +376,15 @@ def rms_norm_forward(
     kernels = runs_kernels(x, weight, residual, s, b, lora_a, y, z_out)
     in_registers = kernels and width <= REGISTER_WIDTH
 
+    s_out = None
+    if pending is not None and b is not None and len(pending) == 3:
+        s_out = output("pending's copy of S", pending[2], (tokens, b.shape[0]), x)
+        if not s_out.is_contiguous():
+            raise ValueError("pending's copy of S is not contiguous")
     if s is not None and b is not None and (not in_registers or b.shape[0] > PENDING_RANK):
         # Without a residual this sum is z already.
+        if s_out is not None:
+            s_out.copy_(s[:, : b.shape[0]])
         x = torch.addmm(x, s[:, : b.shape[0]], b, out=z_out if residual is None else None)
         s, b = None, None
     z = x
@@ -388,8 +404,9 @@ def rms_norm_forward(
         launch(
             _forward_rows_kernel, (cdiv(tokens, block_m),),
             x, x.stride(0), residual, row_stride(residual),
-            s, row_stride(s), b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
-            PENDING_RANK=pending_rank, HAS_RESIDUAL=residual is not None, GEMMA=gemma,
+            s, row_stride(s), s_out, b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
+            PENDING_RANK=pending_rank, RANK_BLOCK=next_power_of_2(max(1, pending_rank)), KEEP_S=s_out is not None,
+            HAS_RESIDUAL=residual is not None, GEMMA=gemma,
             BLOCK_M=block_m, BLOCK_H=block_h, num_warps=num_warps,
         )  # fmt: skip
     else:

@@ -17,7 +17,7 @@ from graft_kernels.fused_linear import (
     fused_linear_reference,
     fused_supported,
 )
-from graft_kernels.launch import INTERPRETED
+from graft_kernels.launch import INTERPRETED, is_hopper
 from graft_kernels.nf4 import NF4Weight, decode
 
 # On a card the kernel refuses fp32, which would leave the tensor cores; the interpreter's bf16 is wrong.
@@ -33,6 +33,19 @@ VARIANTS = {
     "S before": FusedConfig(block_m=16, block_o=128, block_r=64, inline=False),
     "scales through the L1": FusedConfig(block_m=64, block_o=64, block_r=64, scales_shared=False),
     "S before, straight": FusedConfig(block_m=64, block_o=64, block_r=128, inline=False, transposed=False),
+}
+
+
+# On a card of Hopper's kind; elsewhere they are refused, which is what the tests below then check.
+HOPPER = {
+    "128 outputs": FusedConfig(block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, hopper=True),
+    "64 outputs": FusedConfig(block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, hopper=True),
+    "128 outputs, split": FusedConfig(
+        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, splits=2, hopper=True
+    ),
+    "64 outputs, split": FusedConfig(
+        block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, splits=3, hopper=True
+    ),
 }
 
 
@@ -119,6 +132,64 @@ def test_every_variant_is_the_float64_product(variant: str, dtype: torch.dtype, 
         return
     check(33, 136, 192, 16, dtype, VARIANTS[variant], nested=True)
     check(7, 72, 192, 3, dtype, VARIANTS[variant], nested=False, bias=True)
+
+
+def refuses_hopper(device: str, variant: str) -> bool:
+    """In a process without such a card the promise is a refusal, and that is what is checked."""
+    if refuses_without_kernels(device):
+        return True
+    x, weight = torch.randn(130, 128).half(), random_weight(64, 128)
+    if is_hopper(x.device):
+        with pytest.raises(ValueError, match="the Hopper kernel does not take"):
+            fused_forward(x[:, :128].repeat(1, 2)[:, 1:129], weight, config=HOPPER[variant])
+        return False
+    with pytest.raises(ValueError, match="the Hopper kernel does not take"):
+        fused_forward(x, weight, config=HOPPER[variant])
+    return True
+
+
+@pytest.mark.parametrize("variant", HOPPER)
+def test_on_hopper_every_cut_is_the_float64_product(variant: str, device: str) -> None:
+    if refuses_hopper(device, variant):
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        check(300, 192, 320, 16, dtype, HOPPER[variant], nested=True)
+        check(257, 128, 192, 3, dtype, HOPPER[variant], nested=False, bias=True)
+        check(1, 320, 64, 64, dtype, HOPPER[variant], nested=True, bias=True)
+        check(512, 64, 4096, 0, dtype, HOPPER[variant], nested=True)
+
+
+@pytest.mark.parametrize("variant", HOPPER)
+def test_on_hopper_the_weight_is_decoded_to_the_last_bit(variant: str, device: str) -> None:
+    if refuses_hopper(device, variant):
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        for nested in (True, False):
+            weight = random_weight(192, 16384 + 192, nested=nested)
+            expected = decode(weight, dtype)
+            x = torch.eye(expected.shape[1], dtype=dtype)[-700:]
+            assert torch.equal(fused_forward(x, weight, config=HOPPER[variant]).t(), expected[:, -700:])
+            assert torch.equal(fused_backward_dx(torch.eye(192, dtype=dtype), weight, config=HOPPER[variant]), expected)
+
+
+@pytest.mark.parametrize("variant", HOPPER)
+def test_on_hopper_every_run_gives_the_same_bits(variant: str, device: str) -> None:
+    if refuses_hopper(device, variant):
+        return
+    weight = random_weight(4096, 4096)
+    a, b = adapter(4096, 4096, 16, torch.bfloat16)
+    x = torch.randn(500, 4096).bfloat16()
+    for function in (fused_forward, fused_backward_dx):
+        first = function(x, weight, a, b, config=HOPPER[variant])
+        assert all(torch.equal(function(x, weight, a, b, config=HOPPER[variant]), first) for _ in range(20))
+
+
+def test_on_hopper_the_rule_takes_its_kernel_from_some_tokens_on() -> None:
+    for n, k in SHAPES.values():
+        for direction in ("forward", "backward"):
+            assert not fused_config(128, n, k, 16, direction, hopper=True).hopper
+            assert fused_config(512, n, k, 16, direction, hopper=True).hopper
+            assert not fused_config(512, n, k, 16, direction).hopper
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -311,3 +382,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "odd sizes", case(33, 1000, 4032, 3, bf16, True)
     for name, config in VARIANTS.items():
         yield name, case(128, 4096, 4096, 16, bf16, True, config)
+    # Where a card has no such tensor cores, the rule takes the other kernel for the same tokens.
+    for m, n, k in ((192, 14336, 4096), (512, 4096, 4096), (512, 4096, 14336)):
+        yield f"rule, {m} tokens, [{n}, {k}]", case(m, n, k, 16, bf16, True)
+    yield "rule, 512 tokens, rank 64, plain scales, fp16", case(512, 6144, 4096, 64, torch.float16, False)

@@ -176,8 +176,9 @@ def test_pending_update_is_added_before_the_norm(rank: int, dtype: torch.dtype, 
     x, residual = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, width, dtype=dtype) if summed else None
     s, b = torch.randn(tokens, 160, dtype=dtype), torch.randn(rank, width, dtype=dtype) / rank**0.5
     weight, z_out = torch.rand(width, dtype=dtype) + 0.5, torch.empty(tokens, width, dtype=dtype)
-    given = x.clone()
-    y, z, rho = rms_norm_forward(x, weight, EPS, residual=residual, pending=(s, b), z_out=z_out, lora_a=lora_a)
+    given, kept = x.clone(), torch.full((tokens, rank), torch.nan, dtype=dtype)
+    y, z, rho = rms_norm_forward(x, weight, EPS, residual=residual, pending=(s, b, kept), z_out=z_out, lora_a=lora_a)
+    assert torch.equal(kept, s[:, :rank])
     z64 = x.double() + s[:, :rank].double() @ b.double() + (0 if residual is None else residual.double())
     assert z.data_ptr() == z_out.data_ptr()
     assert torch.equal(x, given)
@@ -389,6 +390,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (lambda: rms_norm_forward(x, weight, EPS, lora_a=a, out=torch.empty(4, 16)), "multiple of 16"),
         (lambda: rms_norm_forward(x, weight, EPS, pending=(x[:, :2], a)), "S has 2 columns, B has 3 rows"),
         (lambda: rms_norm_forward(x, weight, EPS, pending=(x[:3], a)), r"expected \(4, any\)"),
+        (lambda: rms_norm_forward(x, weight, EPS, pending=(x[:, :3], a, x[:, :2])), r"expected torch.float32 \(4, 3\)"),
+        (lambda: rms_norm_forward(x, weight, EPS, pending=(x[:, :3], a, x[:, 3:6])), "copy of S is not contiguous"),
         (lambda: rms_norm_backward(x, x[:3], weight, rho), "z has shape"),
         (lambda: rms_norm_backward(x, x, weight, rho[:3]), "rho has shape"),
         (lambda: rms_norm_backward(x, x, weight, rho, dresidual=x[:, 1:]), "dresidual has shape"),

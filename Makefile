@@ -32,7 +32,7 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
+bench: .venv/installed  ## on a GPU: every kernel, then training beside the peers that are installed
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
 

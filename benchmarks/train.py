@@ -1,31 +1,41 @@
-"""Training steps per second and peak memory: Graft and every peer that is installed, on the same shapes in one run.
+"""Graft beside every peer that is installed, on the same shapes in one run: speed, memory, plans, loading, losses.
 
-    python benchmarks/train.py --model llama31-8b --cases 8x2048,8x2048@9.8 --out results.txt
+    python benchmarks/train.py --folder /tmp/bench --out results.txt
+    python benchmarks/train.py --folder /tmp/bench --parts shapes --models llama31-8b --contenders graft,unsloth-off
 
-A case is BATCHxSEQUENCE; one with `@GIB` is Graft's alone, planned and capped at so much memory: a peer has no budget
-to be given, so it is to be held against what the peers took of their own accord. The checkpoint has the real shapes
-and random weights; LoRA of rank 16 on all seven linears, alpha 16, no dropout; NF4 with double quantisation, bf16
-compute, 8-bit AdamW, clipping at 1.0; forward, backward and update, random tokens without padding. Every contender runs
-in a process of its own, one after another; a time is the median of the steps after the warm-up. Peers run with gradient
-checkpointing (their default) and without; Graft plans by itself for what memory there is. Memory is
-`max_memory_allocated`.
+The parts, each of which `--parts` can ask for alone:
+
+    shapes       steps of BATCHxSEQUENCE random tokens. `@GIB` caps what the allocator may reserve: Graft plans for it;
+                 a peer has no budget to be given, so for most such cases it is held against what the peers took of
+                 their own accord within that, and runs under the cap where CAPPED_PEERS says so
+    packed       chat samples of log-normal length, samples a second: ours packed, Unsloth in packs, the others padded
+    budgets      Graft under caps from 6 to 80 GiB: memory and time as planned and as measured
+    load         Graft's base model for the first time, from the disk's cache and from memory; and the next job on it
+    curves       losses of the same steps from the same adapter, beside PEFT on bitsandbytes
+    determinism  what sums in a fixed order cost, padded and packed
+
+The checkpoints have the real shapes and random weights, and are written once into `--folder`. Every contender runs in
+a process of its own, one after another, for at most `--limit` seconds; what it has done by then counts. Peers run with
+gradient checkpointing (their default) and without it ("-off"). Rows are printed as they come and appended to a file of
+JSON lines beside `--out`, which holds the table; with `--keep`, rows that are in it already are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama31-8b": {
@@ -56,10 +66,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+MODELS = ("llama31-8b", "llama2-7b")
+CASES = {
+    "llama31-8b": ("8x2048", "8x2048@9.8", "2x2048", "1x2048", "1x2048@5.3", "1x2048@5", "4x2048"),
+    "llama2-7b": ("1x512", "4x2048@8", "1x1024"),
+    "llama32-1b": ("1x512", "2x2048", "8x2048"),
+}
+# Peers run these as well, under the cap.
+CAPPED_PEERS = ("4x2048@8",)
+BUDGETS = (*(f"4x2048@{gib}" for gib in (6, 8, 12, 16, 24, 40)), "4x2048")  # the last: the whole card
+LOADS = ("first load", "from the disk", "from memory")
+PARTS = ("shapes", "packed", "budgets", "load", "curves", "determinism")
 CONTENDERS = ("graft", "unsloth", "unsloth-off", "hf", "hf-off", "liger", "liger-off")
 NEEDS = {"graft": "graft_worker", "unsloth": "unsloth", "hf": "peft", "liger": "liger_kernel"}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, WARM_UP, STEPS = 16, 3, 5
+CURVE_STEPS = 60
+
+Row = dict[str, Any]
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
@@ -102,201 +124,41 @@ def write_checkpoint(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# One contender, in a process of its own -------------------------------------------------------------------------------
+# What is to be done ---------------------------------------------------------------------------------------------------
 
 
-def run_contender(name: str, folder: Path, cases: list[str]) -> None:
-    """Prints one line of JSON a case."""
-    peer, _, mode = name.partition("-")
-    if peer == "unsloth":
-        importlib.import_module("unsloth")  # it patches what is imported after it
-    import torch
-
-    began = time.perf_counter()
-    make_case, forget = _graft(folder) if peer == "graft" else _peer(peer, folder, checkpointing=mode != "off")
-    torch.cuda.synchronize()
-    load_seconds = time.perf_counter() - began
-    total = torch.cuda.get_device_properties(0).total_memory
-    for case in cases:
-        shape, _, cap = case.partition("@")
-        batch, sequence = map(int, shape.split("x"))
-        row: dict[str, Any] = {"contender": name, "case": case, "load_s": round(load_seconds, 1)}
-        try:
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(float(cap) * 2**30 / total if cap else 1.0)
-            torch.cuda.reset_peak_memory_stats()
-            step, told = make_case(batch, sequence, int(float(cap) * 2**30) if cap else None)
-            seconds: list[float] = []
-            for _ in range(WARM_UP + STEPS):
-                torch.cuda.synchronize()
-                started = time.perf_counter()
-                loss = step()
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - started)
-            middle = statistics.median(seconds[WARM_UP:])
-            row |= {
-                "tok_s": round(batch * sequence / middle),
-                "step_ms": round(middle * 1e3, 1),
-                "first_s": round(seconds[0], 1),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "loss": round(float(loss), 4),
-                **told,
-            }
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
-            forget()
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:200]
-        print("ROW " + json.dumps(row), flush=True)
-
-
-Step = Callable[[], Any]
-MakeCase = Callable[[int, int, int | None], tuple[Step, dict[str, Any]]]
-Forget = Callable[[], object]  # what a case that failed may have left behind
-
-
-def _tokens(batch: int, sequence: int, generator: Any) -> Any:
-    import torch
-
-    return torch.randint(10, 290, (batch, sequence), generator=generator)
-
-
-def _peer(peer: str, folder: Path, *, checkpointing: bool) -> tuple[MakeCase, Forget]:
-    import torch
-
-    if peer == "unsloth":
-        from unsloth import FastLanguageModel
-
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
+def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, initial: Path) -> list[Row]:
+    """What one contender has to do for one part; nothing where the part is not its."""
+    main = model != "llama2-7b"  # one model is enough for what does not depend on the shape
+    if part == "shapes":
+        chosen = CASES[model] if cases is None else cases
+        return [
+            {"part": part, "case": case}
+            for case in chosen
+            if contender == "graft" or "@" not in case or case in CAPPED_PEERS
+        ]
+    if part == "packed" and main:
+        return [{"part": part, "case": "chat"}]
+    if part == "budgets" and main and contender == "graft":
+        return [{"part": part, "case": case} for case in BUDGETS]
+    if part == "load" and main:
+        return (
+            [{"part": part, "case": case} for case in LOADS]
+            if contender == "graft"
+            else [{"part": part, "case": "its own"}]
         )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=RANK,
-            lora_alpha=16,
-            lora_dropout=0,
-            bias="none",
-            target_modules=TARGETS,
-            use_gradient_checkpointing="unsloth" if checkpointing else False,
-            random_state=0,
-        )
-        FastLanguageModel.for_training(model)
-    else:
-        if peer == "liger":
-            from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-            apply_liger_kernel_to_llama()
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            quantization_config=quantization,
-            dtype=torch.bfloat16,
-            device_map={"": 0},
-            attn_implementation="sdpa",
-        )
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        lora = LoraConfig(
-            r=RANK, lora_alpha=16, lora_dropout=0.0, bias="none", target_modules=TARGETS, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, lora)
-        model.config.use_cache = False
-        model.train()
-    from bitsandbytes.optim import PagedAdamW8bit
-
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = PagedAdamW8bit(parameters, lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-
-    def make_case(batch: int, sequence: int, _: int | None) -> tuple[Step, dict[str, Any]]:
-        def step() -> Any:
-            ids = _tokens(batch, sequence, generator).cuda()
-            if peer == "unsloth":
-                loss = model(input_ids=ids, labels=ids).loss
-            else:
-                with torch.autocast("cuda", dtype=torch.bfloat16):
-                    loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
-
-        return step, {}
-
-    return make_case, lambda: optimizer.zero_grad(set_to_none=True)
+    if part == "curves" and main and contender in ("graft", "hf"):
+        return [{"part": part, "case": f"{CURVE_STEPS} steps", "steps": CURVE_STEPS, "initial": str(initial)}]
+    if part == "determinism" and main and contender == "graft":
+        return [{"part": part, "case": case} for case in ("8x2048", "packed")]
+    return []
 
 
-def _graft(folder: Path) -> tuple[MakeCase, Forget]:
-    """Our trainer's parts, as its loop puts them together."""
-    import torch
-
-    from graft.planner import Budget, ModelShape, PlanRefused, Work, allocator_budget, plan_for
-    from graft.recipe import LoraSettings, Recipe
-    from graft_worker import lora, planning
-    from graft_worker.base_model import load_base_model
-    from graft_worker.batches import Batching
-    from graft_worker.data import IGNORED, Row
-    from graft_worker.decoder import Decoder
-    from graft_worker.trainer import make_optimizer
-
-    base = load_base_model(folder, quantization="nf4", device="cuda")
-    recipe = Recipe(base_model="bench", lora=LoraSettings(r=RANK, alpha=16), optimizer="adamw_8bit", learning_rate=1e-4)
-    adapter = lora.attach(base.model, recipe.lora, 0)
-    decoder = Decoder(base.model, max_positions=8192)
-    decoder.attach_gradients()
-    optimizer = make_optimizer(recipe, adapter.parameters())
-    shape = ModelShape.from_config(base.model.config.to_dict())
-    generator = torch.Generator().manual_seed(0)
-    card = planning.measured_card(base.device)
-
-    def make_case(batch: int, sequence: int, cap: int | None) -> tuple[Step, dict[str, Any]]:
-        there_is = cap or allocator_budget(torch.cuda.get_device_properties(0).total_memory)
-        device = planning.usable_bytes(there_is)
-        work = Work(step_tokens=batch * sequence, longest_document=sequence)
-        budget = Budget(device=device, host=64 << 30)
-        try:
-            plan = plan_for(recipe, shape, work, budget, card=card)
-        except PlanRefused as refused:
-            raise torch.OutOfMemoryError(str(refused)) from refused
-        planning.follow(decoder, plan, recipe)
-        batching = Batching(mode="padded", token_budget=plan.micro_batch_tokens)
-
-        def step() -> Any:
-            ids = _tokens(batch, sequence, generator).int()
-            labels = torch.full_like(ids, IGNORED)
-            labels[:, :-1] = ids[:, 1:]
-            rows = [Row(i, ids[i], labels[i], sequence - 1) for i in range(batch)]
-            trained = batch * (sequence - 1)
-            decoder.clear_gradients()
-            loss = torch.zeros((), device="cuda")
-            for micro in batching.micro_batches(rows, 0):
-                loss += decoder.accumulate(micro.to(base.device), trained).loss
-            optimizer.step(max_norm=1.0)
-            return loss / trained
-
-        planned = {
-            "planned_gib": round(plan.peak_bytes / 2**30, 2),
-            "planned_ms": round(plan.step_seconds * 1e3, 1),
-            "plan": plan.summary(),
-        }
-        return step, planned
-
-    return make_case, decoder.clear_gradients
-
-
-# All of them ----------------------------------------------------------------------------------------------------------
+def processes_of(tasks: list[Row], contender: str) -> list[list[Row]]:
+    """Tasks that may share a process, and so one load: not those that time Graft's loading."""
+    apart = [[task] for task in tasks if task["part"] == "load" and contender == "graft"]
+    rest = [task for task in tasks if [task] not in apart]
+    return [*apart, *([rest] if rest else [])]
 
 
 def installed(contender: str) -> bool:
@@ -304,89 +166,295 @@ def installed(contender: str) -> bool:
     return importlib.util.find_spec(NEEDS[contender.partition("-")[0]]) is not None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The fastest of a case first."""
+def run_child(contender: str, model: str, folder: Path, tasks: list[Row], limit: float, temporary: Path) -> list[Row]:
+    """Its rows, printed as they come; those that it made by the time limit."""
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "UNSLOTH_COMPILE_LOCATION": str(temporary / "unsloth"),
+    }
+    options = ["--child", contender, "--models", model, "--folder", str(folder), "--tasks", json.dumps(tasks)]
+    log = temporary / f"{contender}.err"
+    rows = []
+    with log.open("w+") as errors:
+        child = subprocess.Popen(
+            [sys.executable, __file__, *options],
+            env=os.environ | offline,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        cut = threading.Event()
+
+        def end() -> None:
+            cut.set()
+            os.killpg(child.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit, end)
+        timer.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("ROW "):
+                    rows.append(json.loads(line[4:]))
+                    yield_row(rows[-1])
+            child.wait()
+        finally:
+            timer.cancel()
+        errors.seek(0)
+        told = errors.read()
+    if cut.is_set():
+        print(f"{contender}: cut after {limit:.0f} s, {len(tasks) - len(rows)} of its tasks not done", flush=True)
+    elif len(rows) < len(tasks):
+        print(f"{contender} failed:\n{told[-2500:]}", flush=True)
+    elif any("failed" in row for row in rows):
+        print(f"{contender} said:\n{told[-1500:]}", flush=True)
+    return rows
+
+
+_sinks: list[Path] = []
+
+
+def yield_row(row: Row) -> None:
+    """Print a row and keep it, at once: a run that is cut keeps what it has."""
+    short = {name: value for name, value in row.items() if name not in ("losses", "planned_parts", "planned_seconds")}
+    print(json.dumps(short), flush=True)
+    for sink in _sinks:
+        with sink.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _percent(measured: float, planned: float) -> str:
+    return f"{100 * (planned / measured - 1):+.1f} %"
+
+
+def _planned(row: Row) -> str:
+    if "planned_ms" not in row or "step_ms" not in row:
+        return ""
+    return (
+        f"{row['planned_gib']} GiB ({_percent(row['peak_gib'], row['planned_gib'])}), "
+        f"{row['planned_ms']} ms ({_percent(row['step_ms'], row['planned_ms'])})"
+    )
+
+
+def _fits(peer: Row, row: Row) -> bool:
+    """Whether a peer's row may be held against ours: the same shape, within our cap where there is one."""
+    shape, _, cap = row["case"].partition("@")
+    other, _, its_cap = peer["case"].partition("@")
+    if peer["contender"] == "graft" or (peer["model"], other) != (row["model"], shape) or "tok_s" not in peer:
+        return False
+    return not cap or its_cap == cap or peer["peak_gib"] <= float(cap) + 0.05
+
+
+def table(rows: list[Row]) -> str:
+    """All parts, the fastest of a case first."""
+    parts = []
+    for part in PARTS:
+        own = [row for row in rows if row["part"] == part]
+        if own:
+            parts.append(f"{part}\n" + _TABLES[part](own))
+    return "\n\n".join(parts)
+
+
+def _speeds(rows: list[Row]) -> str:
+    unit = "samples_s" if rows[0]["part"] == "packed" else "tok_s"
     lines = [
-        f"{'case':<14}{'contender':<14}{'tok/s':>9}{'step ms':>10}{'peak GiB':>10}{'load s':>8}{'planned':>22}  remark"
+        f"{'model':<12}{'case':<13}{'contender':<13}{unit.replace('_', '/'):>10}{'step ms':>9}{'peak GiB':>10}"
+        f"{'reserved':>10}{'x peer':>8}  planned (off by), remark"
     ]
-    for row in sorted(rows, key=lambda row: (row["case"], -row.get("tok_s", 0))):
-        planned = f"{row['planned_ms']} ms {row['planned_gib']} GiB" if "planned_ms" in row else ""
+    order = {case: place for place, case in enumerate(c for cases in CASES.values() for c in cases)}
+    for row in sorted(rows, key=lambda row: (row["model"], order.get(row["case"], 99), -row.get(unit, 0))):
+        ratio = ""
+        if row["contender"] == "graft" and unit in row:
+            found = [peer[unit] for peer in rows if _fits(peer, row) and unit in peer]
+            ratio = f"{row[unit] / max(found):.2f}" if found else ""
+        remark = ", ".join(filter(None, (_planned(row), row.get("failed"), row.get("remark"))))
         lines.append(
-            f"{row['case']:<14}{row['contender']:<14}{row.get('tok_s', ''):>9}{row.get('step_ms', ''):>10}"
-            f"{row.get('peak_gib', ''):>10}{row['load_s']:>8}{planned:>22}  {row.get('failed', '')}"
+            f"{row['model']:<12}{row['case']:<13}{row['contender']:<13}{row.get(unit, ''):>10}"
+            f"{row.get('step_ms', ''):>9}{row.get('peak_gib', ''):>10}{row.get('reserved_gib', ''):>10}{ratio:>8}"
+            f"  {remark}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line."""
+def _budgets(rows: list[Row]) -> str:
+    lines = [
+        f"{'case':<13}{'planned GiB':>12}{'peak GiB':>10}{'off':>9}{'planned ms':>12}{'step ms':>9}{'off':>9}  plan"
+    ]
+    for row in rows:
+        if "failed" in row or "planned_gib" not in row:
+            lines.append(f"{row['case']:<13} {row.get('failed', 'no plan')}")
+            continue
+        lines.append(
+            f"{row['case']:<13}{row['planned_gib']:>12}{row['peak_gib']:>10}"
+            f"{_percent(row['peak_gib'], row['planned_gib']):>9}{row['planned_ms']:>12}{row['step_ms']:>9}"
+            f"{_percent(row['step_ms'], row['planned_ms']):>9}  {row.get('remark', '')} {row['plan']}"
+        )
+    return "\n".join(lines)
+
+
+def _loads(rows: list[Row]) -> str:
+    lines = [f"{'contender':<13}{'case':<16}{'load s':>8}{'imports s':>11}  then"]
+    for row in rows:
+        told = [f"next job ready after {row['next_job_s']} s"] if "next_job_s" in row else []
+        told += [f"its first step after {row['next_job_step_s']} s"] if "next_job_step_s" in row else []
+        told += [str(row[name]) for name in ("remark", "failed") if row.get(name)]
+        lines.append(
+            f"{row['contender']:<13}{row['case']:<16}{row['load_s']:>8}{row.get('import_s', ''):>11}  {'; '.join(told)}"
+        )
+    return "\n".join(lines)
+
+
+def _curves(rows: list[Row]) -> str:
+    by = {row["contender"]: row for row in rows if "losses" in row}
+    if not {"graft", "hf"} <= by.keys():
+        return "\n".join(f"{row['contender']}: {row.get('failed', 'done')}" for row in rows) + "\nboth are needed"
+    ours, theirs = by["graft"], by["hf"]
+    apart = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+    gates = [
+        ("worst of steps 1-10", max(apart[:10]), 5e-3),
+        (f"mean of {len(apart)} steps", sum(apart) / len(apart), 1e-2),
+        ("final loss, relative", abs(ours["final"] / theirs["final"] - 1), 5e-3),
+    ]
+    lines = [f"losses from {theirs['losses'][0]:.4f} to {theirs['losses'][-1]:.4f}; Graft beside PEFT on bitsandbytes"]
+    for name, found, most in gates:
+        lines.append(f"{name:<24}{found:>10.2e}   at most {most:.0e}: {'kept' if found <= most else 'NOT KEPT'}")
+    for step in range(0, len(apart), 10):
+        lines.append(f"step {step + 1:>3}: {ours['losses'][step]:.4f} {theirs['losses'][step]:.4f}")
+    return "\n".join(lines)
+
+
+def _determinism(rows: list[Row]) -> str:
+    lines = [f"{'case':<10}{'in order ms':>12}{'off ms':>10}{'cost':>9}  the same loss twice: in order, off"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"{row['case']:<10} {row['failed']}")
+            continue
+        lines.append(
+            f"{row['case']:<10}{row['step_ms']:>12}{row['off_ms']:>10}{row['cost_percent']:>7} %  "
+            f"{row['same_loss_twice']}, {row['same_loss_twice_off']}"
+        )
+    return "\n".join(lines)
+
+
+_TABLES = {
+    "shapes": _speeds,
+    "packed": _speeds,
+    "budgets": _budgets,
+    "load": _loads,
+    "curves": _curves,
+    "determinism": _determinism,
+}
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+def _list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama32-1b", choices=SHAPES)
-    parser.add_argument("--cases", default="1x512,2x2048,8x2048")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--parts", type=_list, default=list(PARTS), help=f"of {','.join(PARTS)} (all)")
+    parser.add_argument(
+        "--models", type=_list, default=list(MODELS), help=f"of {','.join(SHAPES)} ({','.join(MODELS)})"
+    )
+    parser.add_argument("--contenders", type=_list, default=list(CONTENDERS), help=f"of {','.join(CONTENDERS)} (all)")
+    parser.add_argument("--cases", type=_list, help="of the part shapes, BATCHxSEQUENCE[@GIB] (those of the model)")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds a contender's process may take (300)")
     parser.add_argument("--folder", type=Path, help="where checkpoints lie or are written (a temporary folder)")
     parser.add_argument("--out", type=Path, help="a file for the table, with card, versions and command")
+    parser.add_argument("--keep", action="store_true", help="keep the rows that are in --out's JSON lines already")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    cases = arguments.cases.split(",")
-    if arguments.child:
-        run_contender(arguments.child, arguments.folder, cases)
+    parser.add_argument("--tasks", type=json.loads, help=argparse.SUPPRESS)
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    for name, known in (("parts", PARTS), ("models", tuple(SHAPES)), ("contenders", CONTENDERS)):
+        if unknown := [value for value in getattr(given, name) if value not in known]:
+            parser.error(f"--{name} has {unknown[0]!r}, known are {', '.join(known)}")
+
+
+def _checkpoint(model: str, folder: Path) -> Path:
+    found = folder / model
+    if not (found / "tokenizer.json").exists():
+        began = time.perf_counter()
+        code = f"import train; train.write_checkpoint({model!r}, train.Path({str(found)!r}))"
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
+        print(f"checkpoint {model} written in {time.perf_counter() - began:.0f} s", flush=True)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = _parser()
+    given = parser.parse_args()
+    _check(parser, given)
+    if given.child:
+        import contenders
+
+        contenders.run(given.child, given.models[0], given.folder, given.tasks)
         return
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("benchmarks/train.py needs a CUDA card, and torch finds none.")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.folder or Path(temporary)) / arguments.model
-        if not (folder / "config.json").exists():
-            began = time.perf_counter()
-            code = f"import train; train.write_checkpoint({arguments.model!r}, train.Path({str(folder)!r}))"
-            path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-            subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
-            print(f"checkpoint written in {time.perf_counter() - began:.0f} s", flush=True)
-        rows: list[dict[str, Any]] = []
-        offline = {
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "UNSLOTH_DISABLE_STATISTICS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-            "UNSLOTH_COMPILE_LOCATION": str(Path(temporary) / "unsloth"),
-        }
-        for contender in arguments.contenders.split(","):
-            if not installed(contender):
-                print(f"{contender}: not installed", flush=True)
-                continue
-            own = cases if contender == "graft" else [case for case in cases if "@" not in case]
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                contender,
-                "--folder",
-                str(folder),
-                "--cases",
-                ",".join(own),
-            ]
-            try:
-                done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=900)
-            except subprocess.TimeoutExpired:
-                print(f"{contender}: no end after 900 s", flush=True)
-                continue
-            found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
-            rows += found
-            if not found:
-                print(f"{contender} failed:\n{done.stderr[-1500:]}", flush=True)
-            for row in found:
-                print(json.dumps(row), flush=True)
-    text = table(rows)
-    print(text)
-    if arguments.out:
-        from graft_kernels.bench import facts
+    from graft_kernels.bench import facts
 
-        told = "\n".join(f"{name}: {value}" for name, value in facts().items())
-        command_line = "python benchmarks/train.py " + " ".join(sys.argv[1:])
-        arguments.out.write_text(f"{command_line}\n{told}\n\n{arguments.model}\n{text}\n")
+    told = "\n".join(f"{name}: {value}" for name, value in facts().items())
+    command = "python benchmarks/train.py " + " ".join(sys.argv[1:])
+    rows: list[Row] = []
+    if given.out:
+        lines = given.out.with_suffix(".jsonl")
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        if given.keep and lines.exists():
+            rows = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        else:
+            lines.write_text("", encoding="utf-8")
+        _sinks.append(lines)
+
+    def save() -> None:
+        if given.out:
+            given.out.write_text(f"{command}\n{told}\n\n{table(rows)}\n", encoding="utf-8")
+
+    present = []
+    for contender in given.contenders:
+        if installed(contender):
+            present.append(contender)
+        else:
+            print(f"{contender}: not installed", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        for model in given.models:
+            done = {(row["model"], row["contender"], row["part"], row["case"]) for row in rows if "failed" not in row}
+            todo = {
+                contender: [
+                    task
+                    for part in given.parts
+                    for task in tasks_of(part, model, contender, given.cases, folder / f"{model}-adapter.pt")
+                    if (model, contender, part, task["case"]) not in done
+                ]
+                for contender in present
+            }
+            if not any(todo.values()):
+                continue
+            checkpoint = _checkpoint(model, folder)
+            for contender, tasks in todo.items():
+                for own in processes_of(tasks, contender):
+                    rows += run_child(contender, model, checkpoint, own, given.limit, Path(temporary))
+                    save()
+    print(table(rows))
+    save()
 
 
 if __name__ == "__main__":

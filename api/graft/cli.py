@@ -1,4 +1,4 @@
-"""`graft serve | worker | migrate | keys`: the operator's commands."""
+"""`graft serve | worker | migrate | keys | bench`: the operator's commands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from sqlalchemy import select
 
@@ -65,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     keys = command("keys", _keys, "Make, list and revoke API keys.")
     keys.add_argument("action", choices=["create", "list", "revoke"])
     keys.add_argument("name", nargs="?", help="create: a name for the key; revoke: its id")
+    bench = command("bench", _bench, "On a GPU: time every kernel, or training beside the peers that are installed.")
+    bench.add_argument("what", choices=["kernels", "train"])
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options (-h lists them)")
     return parser
 
 
@@ -122,6 +127,19 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         workers.stop(hurry=lambda: asked > 1)
         database.dispose()
     return 130 if asked > 1 else 0
+
+
+def _bench(options: argparse.Namespace, settings: Settings) -> int:
+    require_worker_package()
+    if options.what == "kernels":
+        command = ["-m", "graft_kernels.bench"]
+    else:
+        # The peers' side of it is no part of the package.
+        script = Path(__file__).resolve().parents[2] / "benchmarks" / "train.py"
+        if not script.exists():
+            raise ConfigurationError("graft bench train runs from a checkout of Graft, where benchmarks/train.py lies.")
+        command = [str(script)]
+    return subprocess.call([sys.executable, *command, *options.rest])
 
 
 def _embedded_count(settings: Settings) -> int:

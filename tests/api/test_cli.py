@@ -137,3 +137,12 @@ def test_the_light_half_loads_nothing_heavy() -> None:
 
 def test_the_version_is_told() -> None:
     assert graft("--version").stdout.startswith("graft 0.")
+
+
+def test_bench_runs_the_benchmark_of_the_checkout_with_its_options() -> None:
+    told = graft("bench", "train", "--help")
+    assert told.returncode == 0
+    assert "--contenders" in told.stdout
+    refused = graft("bench", "train", "--parts", "nothing")
+    assert refused.returncode == 2
+    assert "known are shapes" in refused.stderr

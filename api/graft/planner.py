@@ -10,23 +10,24 @@ logits at a time. Activations and decoded weights are bf16, 2 bytes.
 What a card must hold:
 
     weights      a linear of n parameters in NF4: n/2 + n/64 + 4·n/16384 bytes, 4.127 bits a parameter; embedding and
-                 head: 2·V·H each, once if tied (the embedding may live on the host: its rows are gathered there)
+                 head: 2·V·H each, once if tied. Either may live on the host: there the embedding's rows are gathered,
+                 and from there the head is read in slabs, twice for every chunk of logits
     adapter      4 bytes a parameter, 4 for its gradient, 8 for AdamW's moments (2 with 8-bit states)
     tensors      what the backward needs of each layer, per token: x 2H, qkv 2(Hq + 2Hk)D, attention 2·Hq·D + 4·Hq,
                  residual 2H, gate_up 4I. Llama-3.1-8B: 8 + 12 + 8 + 8 + 56 = 92 KiB a token and layer (and 128 bytes)
     work         what one layer needs while it runs: normed inputs, h, gradients (`layer_moments`); and the buffers that
                  layers take turns to decode their weights into (`decode_bytes`)
-    head         the stream around it, and a chunk of logits, 2·C·V, unless that fits into the buffer where a layer
-                 decodes its MLP (`head_moments`)
+    head         the stream around it; a chunk of logits, 2·C·V, unless that fits into the buffer where a layer
+                 decodes its MLP; and for a large head the sums over its slabs, 8·C·H, and two slabs if it comes from
+                 the host (`head_moments`)
 
 Each tensor of each layer is kept on the device, offloaded to pinned host memory, or recomputed. All are needed exactly
 once in the backward, so the costs of recomputing several of a layer add up: what one of them needs is either stored or
 is among the recomputed itself, and then it is rebuilt once. x cannot be recomputed (keep or offload); down_proj's
 output is the next layer's x, so that product is never repeated. Where memory remains, layers keep their weights decoded
 ("resident"), which saves decoding them twice a micro-batch. None of this changes a bit of the result, nor where the
-embedding lies. Two choices do: how tokens are cut into micro-batches, and the head's chunk rows (a product of another
-shape may sum in another order). They are made once, when a job first starts; `Work` carries them afterwards. A head in
-NF4 gives other numbers altogether and is only taken where `Budget.head` asks for it.
+embedding and the head lie. Two choices do: how tokens are cut into micro-batches, and the head's chunk rows (a product
+of another shape may sum in another order). They are made once, when a job first starts; `Work` carries them afterwards.
 
 How the choice is made. Keeping an item (a tensor of one layer, or one layer's decoded weights) costs bytes and saves
 seconds. For a fixed set of offloaded tensors the items are taken in descending order of seconds per byte, as many of
@@ -52,7 +53,6 @@ from graft.recipe import ALL_LINEAR, LoraSettings, Optimizer, Quantization, Reci
 
 Action = Literal["keep", "offload", "recompute"]
 Placement = Literal["device", "host"]
-Head = Literal["bf16", "nf4"]
 Layer = Mapping[str, Action]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -72,8 +72,8 @@ GRAPH_TOKENS = 4096
 # beyond its arithmetic.
 CPU_TOKENS = 4096
 CPU_OP_SECONDS = 60e-6
-# Rows of an NF4 head that are decoded at a time. No decoder has such a head yet, so no refusal proposes one.
-HEAD_SLAB_ROWS = 16_384
+# Rows of the head that are multiplied at a time, wherever it lies (`graft_kernels.cross_entropy`).
+SLAB_ROWS = 16_384
 # The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
 COLUMN_UNIT, ROW_UNIT = 64, 16
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128)
@@ -350,14 +350,12 @@ class Budget:
     """What a plan may use, in bytes.
 
     `device` is what the allocator may hold (`allocator_budget` for a whole card), `host` pinned memory for offloaded
-    tensors and the embedding. `head` "nf4" or "either" is an explicit wish: a quantised head gives other numbers, so it
-    is never taken merely because memory is short.
+    tensors, the embedding and the head. `tables_on_host`: whether the last two may lie there.
     """
 
     device: int
     host: int = 0
-    embedding_on_host: bool = True
-    head: Literal["bf16", "nf4", "either"] = "bf16"
+    tables_on_host: bool = True
 
 
 def allocator_budget(card_bytes: int) -> int:
@@ -506,7 +504,7 @@ class Plan:
     layers: tuple[Layer, ...]
     resident_layers: int
     embedding: Placement
-    head: Head
+    head: Placement
     micro_batch_tokens: int
     micro_batches: int
     head_chunk_rows: int
@@ -538,8 +536,8 @@ class Plan:
             parts.append(f"{tensor} " + "/".join(str(count) for count in counts.values()))
         return (
             f"{self.micro_batches} x {self.micro_batch_tokens} tokens; keep/offload/recompute: {', '.join(parts)}; "
-            f"{self.resident_layers} of {len(self.layers)} layers decoded; embedding on the {self.embedding}; head "
-            f"{self.head} in chunks of {self.head_chunk_rows}; predicted {_gib(self.peak_bytes)} at most "
+            f"{self.resident_layers} of {len(self.layers)} layers decoded; embedding on the {self.embedding}, head on "
+            f"the {self.head} in chunks of {self.head_chunk_rows}; predicted {_gib(self.peak_bytes)} at most "
             f"({self.peak_moment}) and {self.micro_batch_seconds * 1e3:.1f} ms a micro-batch on {self.card}"
         )
 
@@ -550,7 +548,9 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_json`, also after a passage through JSON text."""
-        return cls(**{**data, "layers": tuple(dict(layer) for layer in data["layers"])})
+        # Heads have been in bf16 on the device, and said so, before they could lie elsewhere.
+        head = "device" if data["head"] == "bf16" else data["head"]
+        return cls(**{**data, "head": head, "layers": tuple(dict(layer) for layer in data["layers"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -660,18 +660,20 @@ def decode_bytes(shape: ModelShape, adapter: AdapterShape) -> int:
     return sizes["qkv"] + sizes["o"] + max(sizes["gate_up"], sizes["down"])
 
 
-def weight_bytes(shape: ModelShape, quantization: Quantization, head: Head, embedding: Placement) -> dict[str, int]:
-    """The frozen model on the device. A tied head is the embedding's own table, unless the head is quantised."""
+def weight_bytes(
+    shape: ModelShape, quantization: Quantization, head: Placement, embedding: Placement
+) -> dict[str, int]:
+    """The frozen model on the device. A tied head is the embedding's own table."""
     if quantization == "nf4":
         linears = sum(nf4_bytes(linear.n * linear.k) for linear in shape.linears)
     else:
         linears = 2 * shape.linear_parameters
-    table = shape.vocab * shape.hidden
+    table = 2 * shape.vocab * shape.hidden
     return {
         "linear_weights": shape.layers * linears,
         "norms_and_biases": 2 * shape.small_parameters,
-        "embedding": 0 if embedding == "host" or (shape.tied and head == "bf16") else 2 * table,
-        "head": 2 * table if head == "bf16" else nf4_bytes(table),
+        "embedding": 0 if embedding == "host" or shape.tied else table,
+        "head": 0 if head == "host" else table,
     }
 
 
@@ -709,9 +711,9 @@ class Moment:
         return sum(self.parts.values())
 
 
-def replays(adapter: AdapterShape, tokens: int, offloaded: int) -> bool:
-    """Whether micro-batches are replayed as CUDA graphs, which know neither new seeds nor copies to the host."""
-    return tokens <= GRAPH_TOKENS and not adapter.dropout and offloaded == 0
+def replays(adapter: AdapterShape, tokens: int) -> bool:
+    """Whether micro-batches are replayed as CUDA graphs, which know no new seeds."""
+    return tokens <= GRAPH_TOKENS and not adapter.dropout
 
 
 @lru_cache(maxsize=4096)
@@ -777,18 +779,27 @@ def layer_moments(
 
 
 def head_moments(
-    shape: ModelShape, work: Work, tokens: int, chunk_rows: int, head: Head, idle_bytes: int
+    shape: ModelShape, work: Work, tokens: int, chunk_rows: int, head: Placement, idle_bytes: int
 ) -> tuple[Moment, Moment]:
     """The norm behind the last layer, and the loss: its output, its input, its gradient, and a chunk of logits.
 
-    The logits become their own gradient, and lie in the `idle_bytes` of a decode buffer where they fit.
+    The logits become their own gradient, and lie in the `idle_bytes` of a decode buffer where they fit. A head of
+    several slabs has its gradient summed over them in fp32: the sums, and what is being added. One from the host has
+    two slabs on the device.
     """
     stream = 2 * tokens * shape.hidden
     rows = min(chunk_rows, tokens)
     logits = 2 * rows * _round_up(shape.vocab, 64)
     gathered = 2 * 2 * rows * shape.hidden if work.trained_share < 1 else 0  # a chunk's rows, and their gradient
-    slab = 2 * min(HEAD_SLAB_ROWS, shape.vocab) * shape.hidden if head == "nf4" else 0
-    loss = {"stream": 3 * stream, "logits": (0 if logits <= idle_bytes else logits) + gathered, "decoded_head": slab}
+    slabs = -(-shape.vocab // SLAB_ROWS)
+    sums = 2 * 4 * rows * shape.hidden if slabs > 1 else 0
+    slab = 2 * min(SLAB_ROWS, shape.vocab) * shape.hidden * min(2, slabs) if head == "host" else 0
+    loss = {
+        "stream": 3 * stream,
+        "logits": (0 if logits <= idle_bytes else logits) + gathered,
+        "head_sums": sums,
+        "head_slabs": slab,
+    }
     return Moment("last norm", {"stream": 3 * stream}, takes_stream=True), Moment("head", loss)
 
 
@@ -853,6 +864,8 @@ def _walk(
 # for every adapter two more for its gradients; and each way one for every matrix that is decoded. Together they are the
 # 69 a layer that a profile of Llama-3.1-8B counted, with adapters everywhere.
 _KERNELS, _KERNELS_PER_ADAPTER = 41, 2
+# What the host does to send a tensor away and fetch it again (events, streams, two copies), in launches of a kernel.
+_LAUNCHES_PER_COPY = 3
 
 
 @dataclass(frozen=True)
@@ -943,14 +956,15 @@ class Times:
         """What the kernels of all layers cost the device."""
         return self.shape.layers * self._kernels * self.card.launch
 
-    def host(self, offloaded: int) -> float:
-        """What launching everything takes the host; nothing where a graph is replayed, which cannot offload.
+    def host(self, copies: int) -> float:
+        """What launching everything takes the host, with so many tensors sent away; nothing where a graph is replayed.
 
-        The same for all plans of a job, with decoding and without recomputing, which asks more of the device.
+        Counted with decoding, and without recomputing, which asks more of the device.
         """
-        if replays(self.adapter, self.tokens, offloaded):
+        if replays(self.adapter, self.tokens):
             return 0.0
-        return self.shape.layers * (self._kernels + 2 * len(self.shape.linears)) * self.card.host_launch
+        kernels = self.shape.layers * (self._kernels + 2 * len(self.shape.linears))
+        return (kernels + _LAUNCHES_PER_COPY * copies) * self.card.host_launch
 
     @cached_property
     def rebuild(self) -> dict[str, float]:
@@ -969,15 +983,26 @@ class Times:
             seconds["mlp_out"] = self.product("down") + self.moved(3 * shape.intermediate) + 2 * launch
         return seconds
 
-    def head(self, chunk_rows: int, head: Head) -> float:
-        """Two products over the trained rows, the logits read twice and written once; each chunk reads the weight."""
+    def head(self, chunk_rows: int, head: Placement) -> float:
+        """Two products over the trained rows, the logits read twice and written once, and the sums over the slabs.
+
+        Each chunk reads the weight twice: from the host that is a copy of all slabs but the two that are at hand when
+        the direction turns, under the products of the slab before.
+        """
         shape, card = self.shape, self.card
         rows = self.work.head_rows(self.tokens)
         chunks = -(-rows // chunk_rows)
         table = shape.vocab * shape.hidden
+        slabs = -(-shape.vocab // SLAB_ROWS)
         one = max(2.0 * rows * table / card.gemm_rate(min(rows, chunk_rows)), chunks * 2.0 * table / card.copy)
-        decode = chunks * (nf4_bytes(table) + 2 * table) / card.copy if head == "nf4" else 0.0
-        return 2 * (one + decode) + 3 * 2.0 * rows * shape.vocab / card.copy + chunks * 4 * card.launch
+        sums = (4 * slabs + 12 * (slabs - 1)) * rows * shape.hidden / card.copy if slabs > 1 else 0.0
+        seconds = 2 * one + sums + 3 * 2.0 * rows * shape.vocab / card.copy
+        seconds += chunks * (2 + 3 * slabs) * card.launch
+        if head == "device":
+            return seconds
+        copied = slabs + (2 * chunks - 1) * max(0, slabs - 2)
+        slab = 2.0 * table / slabs / card.to_device
+        return max(seconds, copied * slab) + slab
 
     def embedding(self, placement: Placement) -> float:
         """Gathering T rows, on the device, or on the host from where they go to pinned memory and over the link."""
@@ -1070,7 +1095,7 @@ class _Case:
     """
 
     embedding: Placement
-    head: Head
+    head: Placement
     chunk_rows: int
     offload: _Offload
     fixed: int
@@ -1139,25 +1164,27 @@ class _Search:
 
     def _cases(self) -> Iterator[_Case]:
         shape, adapter, work, times = self.job.shape, self.job.adapter, self.job.work, self._times
-        heads: tuple[Head, ...] = ("bf16", "nf4") if self.budget.head == "either" else (self.budget.head,)
-        placements: tuple[Placement, ...] = ("device", "host") if self.budget.embedding_on_host else ("device",)
+        # The embedding first: it is read less.
+        placements: list[tuple[Placement, Placement]] = [("device", "device")]
+        if self.budget.tables_on_host:
+            placements += [("host", "host")] if shape.tied else [("host", "device"), ("host", "host")]
         chunks = (work.head_chunk_rows,) if work.head_chunk_rows else _chunk_rows(work.head_rows(self.tokens))
         if self.budget.device == 0:
             chunks = chunks[-1:]  # only `least` is asked for, and the smallest chunk needs least
         always = sum(adapter_bytes(shape, adapter).values()) + LIBRARY_BYTES
         always += shape.layers * self.tokens * always_kept_bytes(shape, adapter)
         offloads = list(self._offloads())
-        for head, embedding in itertools.product(heads, placements):
-            on_host = embedding_host_bytes(shape, embedding)
-            if on_host > self.budget.host or (embedding == "host" and on_host == 0):
-                continue  # 0: the head has the table on the device anyway
+        for embedding, head in placements:
+            on_host = table_host_bytes(shape, embedding, head)
+            if on_host > self.budget.host:
+                continue
             fixed = always + sum(weight_bytes(shape, self.job.quantization, head, embedding).values())
             for chunk_rows in chunks:
                 seconds = times.floor + times.head(chunk_rows, head) + times.embedding(embedding)
                 for offload in offloads:
                     if offload.num_bytes + on_host > self.budget.host:
                         break  # the rest of the sequence offloads more
-                    device, host = seconds + times.exposed(offload.num_bytes), times.host(offload.num_bytes)
+                    device, host = seconds + times.exposed(offload.num_bytes), times.host(sum(offload.count.values()))
                     yield _Case(embedding, head, chunk_rows, offload, fixed + offload.fixed, device, host)
 
     def _offloads(self) -> Iterator[_Offload]:
@@ -1172,14 +1199,14 @@ class _Search:
             rebuilds: layer_moments(job.shape, job.adapter, job.work.packed, self.tokens, rebuilds)
             for rebuilds in (False, True)
         }
-        last_norm, loss = head_moments(job.shape, job.work, self.tokens, 1, "bf16", 0)
+        last_norm, loss = head_moments(job.shape, job.work, self.tokens, 1, "device", 0)
         for count in _offload_counts(L, [item.name for item in self._tensors]):
             num_bytes = sum(layers * sizes[name] for name, layers in count.items())
             if num_bytes > self.budget.host:
                 break
             kept_x = L - count.get("x", 0)
             # See "embedded" in `predict`. `_layout` has the first layer keep its x where three or more do.
-            embedded = kept_x < min(3, L) or replays(job.adapter, self.tokens, num_bytes)
+            embedded = kept_x < min(3, L) or replays(job.adapter, self.tokens)
             fixed = (kept_x + embedded) * sizes["x"]
             room = {item.name: L - count.get(item.name, 0) for item in self._items}
             coming = sum(sizes[name] for name in count)
@@ -1256,9 +1283,10 @@ class _Search:
                     self.best = _Choice(case, keep, keep.pop(_WEIGHTS), device)
 
 
-def embedding_host_bytes(shape: ModelShape, embedding: Placement) -> int:
-    """What the embedding takes of the host's memory; one that is tied to the head stays on the device."""
-    return 2 * shape.vocab * shape.hidden if embedding == "host" and not shape.tied else 0
+def table_host_bytes(shape: ModelShape, embedding: Placement, head: Placement) -> int:
+    """What embedding and head take of the host's memory; one table where they are tied."""
+    tables = (embedding == "host" and not shape.tied) + (head == "host")
+    return 2 * shape.vocab * shape.hidden * tables
 
 
 def _chunk_rows(rows: int) -> tuple[int, ...]:
@@ -1313,7 +1341,7 @@ def predict(
     layers: Sequence[Layer],
     resident_layers: int = 0,
     embedding: Placement = "device",
-    head: Head = "bf16",
+    head: Placement = "device",
     micro_batch_tokens: int,
     head_chunk_rows: int,
     quantization: Quantization = "nf4",
@@ -1338,7 +1366,8 @@ def predict(
     times = Times(shape, adapter, quantization, work, card, T)
     sizes = {name: size * T for name, size in names.items()}
 
-    offloaded = sum(sizes[name] for layer in layers for name, action in layer.items() if action == "offload")
+    sent = [name for layer in layers for name, action in layer.items() if action == "offload"]
+    offloaded = sum(sizes[name] for name in sent)
 
     # Memory
     moment, parts = _walk(
@@ -1355,7 +1384,7 @@ def predict(
         **adapter_bytes(shape, adapter),
         "libraries": LIBRARY_BYTES,
         # The embedded tokens are the first layer's x, unless that goes to the host, or a graph has a copy of its own.
-        "embedded": sizes["x"] if layers[0]["x"] != "keep" or replays(adapter, T, offloaded) else 0,
+        "embedded": sizes["x"] if layers[0]["x"] != "keep" or replays(adapter, T) else 0,
         **parts,
     }
     # Time
@@ -1371,7 +1400,7 @@ def predict(
         "exposed_offload": times.exposed(offloaded),
         "launches": times.launches,
     }
-    seconds["host"] = max(0.0, times.host(offloaded) - sum(seconds.values()))
+    seconds["host"] = max(0.0, times.host(len(sent)) - sum(seconds.values()))
     return Plan(
         layers=tuple(dict(layer) for layer in layers),
         resident_layers=resident_layers,
@@ -1383,7 +1412,7 @@ def predict(
         peak_bytes=sum(peak.values()),
         peak_moment=moment,
         peak={name: size for name, size in peak.items() if size},
-        host_bytes=offloaded + embedding_host_bytes(shape, embedding),
+        host_bytes=offloaded + table_host_bytes(shape, embedding, head),
         micro_batch_seconds=sum(seconds.values()),
         seconds=seconds,
         optimizer_seconds=times.optimizer,
@@ -1503,11 +1532,15 @@ def _least(job: _Job, budget: Budget) -> int:
 def _changes(job: _Job, budget: Budget) -> Iterator[tuple[str, _Job, Budget]]:
     """What could be changed, from what touches the job least to what touches it most."""
     work = job.work
-    table = embedding_host_bytes(job.shape, "host")
-    if not budget.embedding_on_host and table:
-        yield "the embedding on the host", job, replace(budget, embedding_on_host=True, host=max(budget.host, table))
-    elif table and budget.host < table:
-        yield f"{_gib(table)} of host memory, for the embedding", job, replace(budget, host=table)
+    tables = table_host_bytes(job.shape, "host", "host")
+    named = "the embedding" if job.shape.tied else "the embedding and the head"
+    if not budget.tables_on_host:
+        yield f"{named} on the host", job, replace(budget, tables_on_host=True, host=max(budget.host, tables))
+    elif budget.host < tables:
+        embedding = table_host_bytes(job.shape, "host", "device")
+        if budget.host < embedding:
+            yield f"{_gib(embedding)} of host memory, for the embedding", job, replace(budget, host=embedding)
+        yield f"{_gib(tables)} of host memory, for {named}", job, replace(budget, host=tables)
     if (fixed := work.micro_batch_tokens) is not None and fixed > work.longest_document:
         sizes = range(_round_up(work.longest_document, work.unit), fixed, work.unit)
         if size := _largest(sizes, lambda tokens: replace(job, work=replace(work, micro_batch_tokens=tokens)), budget):

@@ -18,13 +18,17 @@ The head is frozen, so dh can be computed while the chunk's logits exist: z is o
 by W at once. One buffer [C, V] is all that is large. What is kept for the backward is dh [T, H], not yet divided by n;
 the backward multiplies it by the incoming gradient over n, on the device.
 
+A head of more than SLAB_ROWS classes is multiplied slab by slab: z in columns, and dh as a sum over the slabs, in fp32
+and in one order. So W need not lie on the device as a whole (`Slabs`), and where it lies changes no bit.
+
 Logits are rounded to h's dtype, as the GEMM's output always is: in bf16 they carry 8 bits. dz is rounded the same way
 before its product. Everything between the two is fp32.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +36,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, tl, triton
+from graft_kernels.lora_linear import product
 from graft_kernels.nf4 import NF4Weight, decode
 
 IGNORED = -100
+SLAB_ROWS = 16_384  # of the head, that are multiplied at a time
 _MAX_CHUNK_ROWS = 8192
 _CHUNK_BYTES = 2 << 30
 _ROW_BLOCK = 8192  # columns that one program holds at a time
@@ -48,6 +54,17 @@ class CrossEntropy(NamedTuple):
     loss: Tensor  # fp32 (fp64 for fp64 input), differentiable in the hidden states
     num_correct: Tensor  # int64: trained tokens whose label is the first of the largest logits
     num_valid: Tensor  # int64: labels that are not ignore_index
+
+
+class Slabs(Protocol):
+    """A head [V, H] that is brought to the device in slabs of SLAB_ROWS rows, the last one of what is left."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(V, H)"""
+
+    def slab(self, index: int, then: int | None) -> Tensor:
+        """Slab `index`, to be used before the next call; `then` is the one that will be wanted next."""
 
 
 # Reference ------------------------------------------------------------------------------------------------------------
@@ -301,10 +318,22 @@ def default_chunk_rows(rows: int, V: int, itemsize: int) -> int:
     return cdiv(max(1, cdiv(rows, num_chunks)), 256) * 256
 
 
+class _Whole:
+    """A head that lies on the device."""
+
+    def __init__(self, weight_VH: Tensor) -> None:
+        self.shape = weight_VH.shape
+        self._parts = weight_VH.split(SLAB_ROWS)
+
+    def slab(self, index: int, then: int | None) -> Tensor:
+        part: Tensor = self._parts[index]
+        return part
+
+
 @torch.no_grad()
 def linear_cross_entropy_forward(
     hidden_TH: Tensor,
-    weight_VH: Tensor,
+    weight_VH: Tensor | Slabs,
     labels_T: Tensor,
     *,
     ignore_index: int = IGNORED,
@@ -322,6 +351,7 @@ def linear_cross_entropy_forward(
     """
     T, H = hidden_TH.shape
     V = weight_VH.shape[0]
+    head = _Whole(weight_VH) if isinstance(weight_VH, Tensor) else weight_VH
     device, dtype = hidden_TH.device, hidden_TH.dtype
     valid_T = labels_T != ignore_index
     count = valid_T.sum()
@@ -335,7 +365,8 @@ def linear_cross_entropy_forward(
         labels_T = labels_T.index_select(0, order)
 
     chunk = min(default_chunk_rows(rows, V, dtype.itemsize) if chunk_rows is None else chunk_rows, rows)
-    loss_T = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    loss_T = torch.empty(rows, dtype=loss_dtype, device=device)
     correct_T = torch.empty(rows, dtype=torch.int32, device=device)
     shape = (chunk, cdiv(V, _ALIGNMENT) * _ALIGNMENT)
     if workspace is not None and workspace.numel() >= shape[0] * shape[1]:
@@ -345,11 +376,18 @@ def linear_cross_entropy_forward(
     grad_TH = None
     if gradient:
         grad_TH = torch.empty(T, H, dtype=dtype, device=device) if order is None else hidden_TH.new_zeros(T, H)
-    for start in range(0, rows, max(chunk, 1)):
+    starts = range(0, rows, max(chunk, 1))
+    # There and back again: the slab that the logits end with is the one that their gradient begins with.
+    up = list(range(cdiv(V, SLAB_ROWS)))
+    wanted = iter([*(up + up[::-1] * gradient) * len(starts), None][1:])
+    for start in starts:
         end = min(start + chunk, rows)
         index = None if order is None else order[start:end]
         hidden_CH = hidden_TH[start:end] if index is None else hidden_TH.index_select(0, index)
-        logits_CV = torch.mm(hidden_CH, weight_VH.t(), out=buffer_CV[: end - start])
+        logits_CV = buffer_CV[: end - start]
+        parts_CV = logits_CV.split(SLAB_ROWS, dim=1)
+        for place, part_CV in enumerate(parts_CV):
+            torch.mm(hidden_CH, head.slab(place, next(wanted)).t(), out=part_CV)
         cross_entropy_rows_(
             logits_CV,
             labels_T[start:end],
@@ -359,10 +397,20 @@ def linear_cross_entropy_forward(
             loss=loss_T[start:end],
             correct=correct_T[start:end],
         )
-        if grad_TH is not None and index is None:
-            torch.mm(logits_CV, weight_VH, out=grad_TH[start:end])
-        elif grad_TH is not None and index is not None:
-            grad_TH.index_copy_(0, index, torch.mm(logits_CV, weight_VH))
+        if grad_TH is None:
+            continue
+        if len(up) == 1 and index is None:
+            torch.mm(logits_CV, head.slab(0, next(wanted)), out=grad_TH[start:end])
+        elif len(up) == 1 and index is not None:
+            grad_TH.index_copy_(0, index, torch.mm(logits_CV, head.slab(0, next(wanted))))
+        else:
+            sums_CH = product(parts_CV[-1], head.slab(up[-1], next(wanted)), loss_dtype)
+            for place in reversed(up[:-1]):
+                sums_CH += product(parts_CV[place], head.slab(place, next(wanted)), loss_dtype)
+            if index is None:
+                grad_TH[start:end] = sums_CH
+            else:
+                grad_TH.index_copy_(0, index, sums_CH.to(dtype))
     total = loss_T.sum()
     if order is not None:
         total = torch.where(count > rows, torch.nan, total)

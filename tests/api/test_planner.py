@@ -35,6 +35,7 @@ from graft.planner import (
     allocator_budget,
     always_kept_bytes,
     decode_bytes,
+    head_moments,
     layer_moments,
     least_bytes,
     make_plan,
@@ -221,14 +222,15 @@ def test_the_big_cards_table_of_the_kernel_study(tokens: int) -> None:
 def test_the_small_cards_table_of_the_kernel_study(
     config: Mapping[str, Any], plain: Sequence[float], tight: Sequence[float]
 ) -> None:
-    """Within 10 %: here up to 0.3 GiB hold decoded weights, there one at a time; and two x are on their way."""
+    """Within 12 %: here up to 0.3 GiB hold decoded weights, there one at a time; two x are on their way; and the head
+    comes from the host in slabs, where there it lay in NF4."""
     shape, eight_bit = ModelShape.from_config(config), AdapterShape(state_bytes=STATE_BYTES["adamw_8bit"])
     for tokens, expect_plain, expect_tight in zip((512, 1024, 2048, 4096), plain, tight, strict=True):
         large = uniform(RECOMPUTE, tokens, shape=shape, rows=1024)
-        small = uniform(ONLY_X_AWAY, tokens, shape=shape, adapter=eight_bit, rows=128, embedding="host", head="nf4")
+        small = uniform(ONLY_X_AWAY, tokens, shape=shape, adapter=eight_bit, rows=128, embedding="host", head="host")
         for plan, rows, expected in ((large, min(tokens, 1024), expect_plain), (small, 128, expect_tight)):
             total = 1.035 * (plan.peak_bytes + CONTEXT_BYTES + 4 * rows * shape.vocab) / GIB
-            assert total == pytest.approx(expected, rel=0.10)
+            assert total == pytest.approx(expected, rel=0.12)
 
 
 def test_time_goes_where_the_arithmetic_says() -> None:
@@ -329,9 +331,11 @@ def test_the_host_is_waited_for_only_where_no_graph_is_replayed() -> None:
     host = 32 * 69 * H100.host_launch
     assert "host" in uniform(KEEP, 512).seconds
     assert uniform(KEEP, 512).seconds["host"] == 0
-    for slow in (uniform(KEEP, 512, adapter=AdapterShape(dropout=True)), uniform({**KEEP, "x": "offload"}, 512)):
-        assert slow.seconds["host"] > 0
-        assert slow.micro_batch_seconds == pytest.approx(host)
+    assert uniform({**KEEP, "x": "offload"}, 512).seconds["host"] == 0  # a graph has its copies as well
+    dropout = AdapterShape(dropout=True)
+    assert uniform(KEEP, 512, adapter=dropout).micro_batch_seconds == pytest.approx(host)
+    copies = uniform({**KEEP, "x": "offload"}, 512, adapter=dropout)
+    assert copies.micro_batch_seconds == pytest.approx(host + 32 * 3 * H100.host_launch)
     assert uniform(KEEP, 16384).seconds["host"] == 0
     assert uniform(KEEP, 16384).micro_batch_seconds > host
 
@@ -511,11 +515,10 @@ def test_a_plan_for_8b_on_every_size_of_card(gib: int) -> None:
     assert plan.peak_bytes <= budget.device
     assert plan.host_bytes <= budget.host
     assert plan.peak_bytes == sum(plan.peak.values())
-    assert plan.head == "bf16"
     if gib >= 40:
         assert all(plan.count(tensor, "keep") == 32 for tensor in plan.layers[0])
         assert plan.resident_layers == 32
-        assert plan.embedding == "device"
+        assert plan.embedding == plan.head == "device"
 
 
 def test_a_large_card_takes_the_whole_step_at_once() -> None:
@@ -541,14 +544,26 @@ def test_micro_batches_hold_whole_rows_or_whole_units() -> None:
     assert max(micro_batch_sizes(Work(step_tokens=10**6, longest_document=512, packed=True))) <= 65536
 
 
-def test_a_head_in_nf4_is_chosen_only_where_it_was_allowed() -> None:
-    budget = Budget(device=int(5.3 * GIB), host=32 * GIB)
-    with pytest.raises(PlanRefused):
-        make_plan(SHAPE, ADAPTER, ONE_ROW, budget)
-    plan = make_plan(SHAPE, ADAPTER, ONE_ROW, replace(budget, head="either"))
-    assert plan.head == "nf4"
-    assert plan.peak["head"] == nf4_bytes(128256 * 4096)
-    assert make_plan(SHAPE, ADAPTER, ONE_ROW, replace(budget, device=80 * GIB, head="nf4")).head == "nf4"
+def test_the_head_goes_to_the_host_where_nothing_else_makes_it_fit() -> None:
+    eight_bit, budget = AdapterShape(state_bytes=STATE_BYTES["adamw_8bit"]), Budget(device=5 * GIB, host=32 * GIB)
+    plan = make_plan(SHAPE, eight_bit, ONE_ROW, budget)
+    assert (plan.embedding, plan.head) == ("host", "host")
+    assert plan.peak.get("head", 0) == plan.peak.get("embedding", 0) == 0
+    assert plan.host_bytes >= 2 * 2 * 128256 * 4096
+    assert least_bytes(SHAPE, eight_bit, ONE_ROW, budget) < 4.6 * GIB
+    assert make_plan(SHAPE, eight_bit, ONE_ROW, replace(budget, device=80 * GIB)).head == "device"
+    # Eight slabs, twice; two are at hand when the direction turns. And none is hidden for the first.
+    slab = 2 * 128256 * 4096 / 8 / H100.to_device
+    assert uniform(KEEP, 2048, rows=2048, head="host").seconds["head"] == pytest.approx((8 + 6 + 1) * slab)
+    assert uniform(KEEP, 2048, rows=1024, head="host").seconds["head"] == pytest.approx((8 + 6 + 6 + 6 + 1) * slab)
+    moment = head_moments(SHAPE, ONE_ROW, 2048, 128, "host", idle_bytes=GIB)[1].parts
+    assert moment["head_slabs"] == 2 * 2 * 16384 * 4096
+    assert moment["head_sums"] == 2 * 4 * 128 * 4096
+
+
+def test_an_older_plan_is_read() -> None:
+    plan = make_plan(SHAPE, ADAPTER, ONE_ROW, Budget(device=16 * GIB))
+    assert Plan.from_json({**plan.to_json(), "head": "bf16"}) == plan
 
 
 def test_without_host_memory_nothing_leaves_the_device() -> None:
@@ -561,8 +576,12 @@ def test_without_host_memory_nothing_leaves_the_device() -> None:
 def test_a_tied_embedding_stays_where_the_head_is() -> None:
     tied = replace(SHAPE, tied=True)
     plan = make_plan(tied, ADAPTER, ONE_ROW, Budget(device=6 * GIB, host=32 * GIB))
-    assert plan.embedding == "device"
+    assert plan.embedding == plan.head == "device"
     assert "embedding" not in plan.peak
+    plan = make_plan(tied, ADAPTER, ONE_ROW, Budget(device=5 * GIB, host=32 * GIB))
+    assert plan.embedding == plan.head == "host"
+    offloaded = sum(2048 * tensor_bytes(tied, ADAPTER)[name] * plan.count(name, "offload") for name in plan.layers[0])
+    assert plan.host_bytes == offloaded + 2 * 128256 * 4096  # once
 
 
 def test_on_a_slow_link_recomputing_wins_and_on_a_slow_card_offloading_does() -> None:
@@ -639,17 +658,18 @@ adapters = st.builds(
     adapters,
     works,
     cards,
-    st.sampled_from(["bf16", "nf4", "either"]),
+    st.booleans(),
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=5),
 )
 def test_more_memory_never_predicts_a_slower_plan_and_every_plan_fits(
-    shape: ModelShape, adapter: AdapterShape, work: Work, card: Card, head: Any, shares: list[tuple[float, float]]
+    shape: ModelShape, adapter: AdapterShape, work: Work, card: Card, tables: bool, shares: list[tuple[float, float]]
 ) -> None:
     everything = 32 * GIB
-    least = least_bytes(shape, adapter, work, Budget(device=0, host=everything, head=head), card=card)
+    least = least_bytes(shape, adapter, work, Budget(device=0, host=everything, tables_on_host=tables), card=card)
     room = min(4 * GIB, 3 * least)
     budgets = [
-        Budget(device=least + int(device * room), host=int(host**3 * everything), head=head) for device, host in shares
+        Budget(device=least + int(device * room), host=int(host**3 * everything), tables_on_host=tables)
+        for device, host in shares
     ]
     plans = []
     for budget in budgets:
@@ -726,12 +746,12 @@ def test_the_choice_is_close_to_the_best_of_everything_tried(hidden: int, docume
     ]
     times = Times(shape, ADAPTER, "nf4", work, card, 1024)
     one_item = max(*times.rebuild.values(), 2 * times.decode)
-    low = least_bytes(shape, ADAPTER, work, Budget(device=0, embedding_on_host=False), card=card)
+    low = least_bytes(shape, ADAPTER, work, Budget(device=0, tables_on_host=False), card=card)
     high = max(plan.peak_bytes for plan in tried)
     assert low - min(plan.peak_bytes for plan in tried) < 0.06 * (high - low)
     exact = 0
     for share in range(41):
-        budget = Budget(device=low + (high - low) * share // 40, embedding_on_host=False)
+        budget = Budget(device=low + (high - low) * share // 40, tables_on_host=False)
         best = min(plan.micro_batch_seconds for plan in tried if plan.peak_bytes <= budget.device)
         found = make_plan(shape, ADAPTER, work, budget, card=card)
         assert best - 1e-12 <= found.micro_batch_seconds <= best + 2 * one_item
@@ -749,21 +769,21 @@ def refusal(work: Work, budget: Budget, adapter: AdapterShape = ADAPTER) -> Plan
 
 
 def test_a_refusal_says_what_is_needed_what_there_is_and_what_would_fit() -> None:
-    error = refusal(ONE_ROW, Budget(device=int(5.5 * GIB), host=32 * GIB))
+    error = refusal(ONE_ROW, Budget(device=int(4.6 * GIB), host=32 * GIB))
     assert str(error).startswith(
-        f"The job needs at least {error.needed / GIB:.2f} GiB on the device and there are 5.50"
+        f"The job needs at least {error.needed / GIB:.2f} GiB on the device and there are 4.60"
     )
     assert "linear weights 3.35 GiB" in str(error)
     assert "Cheapest change that fits: the 8-bit optimizer (adamw_8bit)" in str(error)
-    assert error.changes[0].device_bytes <= int(5.5 * GIB) < error.needed
+    assert error.changes[0].device_bytes <= int(4.6 * GIB) < error.needed
     # And it is true.
     eight_bit = AdapterShape(state_bytes=STATE_BYTES["adamw_8bit"])
-    make_plan(SHAPE, eight_bit, ONE_ROW, Budget(device=int(5.5 * GIB), host=32 * GIB))
+    make_plan(SHAPE, eight_bit, ONE_ROW, Budget(device=int(4.6 * GIB), host=32 * GIB))
 
 
-def test_the_embedding_on_the_host_comes_first() -> None:
-    error = refusal(ONE_ROW, Budget(device=int(6.2 * GIB), host=32 * GIB, embedding_on_host=False))
-    assert error.changes[0].what == "the embedding on the host"
+def test_the_tables_on_the_host_come_first() -> None:
+    error = refusal(ONE_ROW, Budget(device=int(6.2 * GIB), host=32 * GIB, tables_on_host=False))
+    assert error.changes[0].what == "the embedding and the head on the host"
     error = refusal(ONE_ROW, Budget(device=int(6.2 * GIB), host=0))
     assert error.changes[0].what == "0.98 GiB of host memory, for the embedding"
     make_plan(SHAPE, ADAPTER, ONE_ROW, Budget(device=int(6.2 * GIB), host=2 * 128256 * 4096))
@@ -771,11 +791,11 @@ def test_the_embedding_on_the_host_comes_first() -> None:
 
 def test_a_fixed_micro_batch_that_is_too_large_is_named() -> None:
     fixed = replace(EIGHT_ROWS, micro_batch_tokens=16384)
-    error = refusal(fixed, Budget(device=6 * GIB, host=64 * GIB))
+    error = refusal(fixed, Budget(device=5 * GIB, host=64 * GIB))
     assert error.changes[0].what == "a new job, with micro-batches of 4,096 tokens instead of 16,384"
-    make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=4096), Budget(device=6 * GIB, host=64 * GIB))
+    make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=4096), Budget(device=5 * GIB, host=64 * GIB))
     with pytest.raises(PlanRefused):
-        make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=6144), Budget(device=6 * GIB, host=64 * GIB))
+        make_plan(SHAPE, ADAPTER, replace(fixed, micro_batch_tokens=6144), Budget(device=5 * GIB, host=64 * GIB))
 
 
 def test_documents_that_are_too_long_are_named_with_the_length_that_fits() -> None:
@@ -789,10 +809,12 @@ def test_documents_that_are_too_long_are_named_with_the_length_that_fits() -> No
 
 
 def test_changes_are_taken_together_where_none_is_enough_alone() -> None:
-    error = refusal(ONE_ROW, Budget(device=int(5.1 * GIB), host=32 * GIB, embedding_on_host=False))
+    error = refusal(ONE_ROW, Budget(device=int(4.4 * GIB), host=32 * GIB, tables_on_host=False))
     assert len(error.changes) == 1
-    assert error.changes[0].what.startswith("the embedding on the host and the 8-bit optimizer (adamw_8bit) and ")
-    assert error.changes[0].device_bytes <= int(5.1 * GIB)
+    assert error.changes[0].what.startswith(
+        "the embedding and the head on the host and the 8-bit optimizer (adamw_8bit) and "
+    )
+    assert error.changes[0].device_bytes <= int(4.4 * GIB)
 
 
 def test_where_nothing_helps_it_says_so() -> None:

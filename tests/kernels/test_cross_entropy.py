@@ -495,3 +495,36 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("num_valid", [None, 24])
+def test_a_head_in_slabs_is_the_same_head_to_the_bit_wherever_it_lies(
+    num_valid: int | None, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "SLAB_ROWS", 128)
+    hidden, weight, labels = operands((40,), 24, 300, ignored=0.5)
+    asked: list[tuple[int, int | None]] = []
+
+    class Brought:
+        shape = weight.shape
+
+        def slab(self, index: int, then: int | None) -> Tensor:
+            asked.append((index, then))
+            return weight.split(128)[index].clone()
+
+    options: dict[str, Any] = {"chunk_rows": 32, "num_valid": num_valid, "gradient": gradient}
+    expected = linear_cross_entropy_forward(hidden.detach(), weight, labels, **options)
+    found = linear_cross_entropy_forward(hidden.detach(), Brought(), labels, **options)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
+    # Up, and for the gradient down again: what was used last is at hand when the direction turns.
+    one = [0, 1, 2, 2, 1, 0] if gradient else [0, 1, 2]
+    order = one * (2 if num_valid is None else 1)
+    assert [index for index, _ in asked] == order
+    assert [then for _, then in asked] == [*order[1:], None]
+    if gradient:
+        loss, dhidden = oracle(hidden, weight, labels, normaliser=1.0)
+        close(found[0], loss, 1e-6)
+        assert found[3] is not None
+        close(found[3], dhidden, 5e-6)

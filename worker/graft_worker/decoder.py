@@ -42,7 +42,7 @@ from graft_kernels.attention import (
     attention_forward,
     available_backends,
 )
-from graft_kernels.cross_entropy import linear_cross_entropy_forward, scaled
+from graft_kernels.cross_entropy import Slabs, linear_cross_entropy_forward, scaled
 from graft_kernels.lora_blocks import (
     Gradients,
     Heads,
@@ -301,7 +301,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, *, max_positions: int, deterministic: bool = True) -> None:
         self.layers = read_layers(model, max_positions)
         self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
-        self.head: Tensor = model.get_output_embeddings().weight
+        self._output: nn.Module = model.get_output_embeddings()
         self.norm = _norm(model.model.norm)
         self.dtype: torch.dtype = self.norm.weight.dtype
         self.device: torch.device = self.norm.weight.device
@@ -310,6 +310,7 @@ class Decoder:
         self.scale, self.dropout = (adapted[0].scale, adapted[0].dropout) if adapted else (1.0, 0.0)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.head_chunk_rows: int | None = None
+        self._head_on_host = False
         self._plans: list[LayerPlan] = [KEEP_ALL] * len(self.layers)
         self._host = HostStore(self.device)
         self._memory: dict[str, Tensor] = {}
@@ -318,6 +319,12 @@ class Decoder:
         self._graphs: Graphs | None = None
         self._backends: dict[Any, str] = {}  # by what decides about them; asking costs time at every layer
         self._gradients = torch.zeros(0, device=self.device)
+
+    @property
+    def head(self) -> nn.Parameter:
+        """[V, H], on the device or on the host."""
+        weight: nn.Parameter = self._output.weight  # type: ignore[assignment]
+        return weight
 
     # Before the first step
 
@@ -328,32 +335,35 @@ class Decoder:
         resident_layers: int = 0,
         graph_tokens: int = 0,
         embedding_on_host: bool = False,
+        head_on_host: bool = False,
     ) -> None:
         """Keep, offload and recompute as `plans` say, one for each layer; the decoded weights of the first layers stay.
 
-        On a card, micro-batches of up to `graph_tokens` tokens are replayed as CUDA graphs (`graphs.py`). An embedding
-        on the host is put back by `close`.
+        On a card, micro-batches of up to `graph_tokens` tokens are replayed as CUDA graphs (`graphs.py`). What lies on
+        the host is put back by `close`: the embedding, whose rows are gathered there, and the head, which is read in
+        slabs.
 
         Raises:
             ValueError: another number of layers, x is to be recomputed, or an embedding that is the head as well is
-                wanted on the host.
+                wanted in another place than that.
         """
         if len(plans) != len(self.layers):
             raise ValueError(f"{len(plans)} plans for {len(self.layers)} layers")
         for plan in plans:
             if plan.get("x") == "recompute":
                 raise ValueError("x is what everything else is rebuilt from; it can be kept or offloaded")
-        if embedding_on_host and self.embedding.weight is self.head:
-            raise ValueError("the embedding is tied to the head, which stays on the device")
-        self._place_embedding(torch.device("cpu") if embedding_on_host else self.device)
-        self._plans = list(plans)
+        if embedding_on_host != head_on_host and self.embedding.weight is self.head:
+            raise ValueError("the embedding is tied to the head: both lie in one place")
+        self._graphs = None
         self._holds.clear()
         self._memory.clear()
-        # A graph knows no new seed, and what goes to the host goes with tensors that are long.
-        offloads = any("offload" in plan.values() for plan in plans)
-        self._graphs = None
-        if self.device.type == "cuda" and graph_tokens > 0 and self.dropout == 0.0 and not offloads:
-            self._graphs = Graphs(self._run, graph_tokens)
+        # Another one: of a run that did not fit, this one may still hold tensors.
+        self._host = HostStore(self.device)
+        self._place(embedding_on_host, head_on_host)
+        self._plans = list(plans)
+        # A graph knows no new seed.
+        if self.device.type == "cuda" and graph_tokens > 0 and self.dropout == 0.0:
+            self._graphs = Graphs(self._run, graph_tokens, self._host.forget)
         for layer in self.layers:
             for projection in layer.projections:
                 projection.resident = None
@@ -364,12 +374,27 @@ class Decoder:
     def close(self) -> None:
         """Leave the model as it was found."""
         self._graphs = None
-        self._place_embedding(self.device)
+        self._holds.clear()
+        self._memory.clear()
+        self._host = HostStore(self.device)
+        for layer in self.layers:
+            for projection in layer.projections:
+                projection.resident = None
+        self._place(False, False)
 
-    def _place_embedding(self, device: torch.device) -> None:
-        weight = self.embedding.weight
-        if weight.device != device:
-            self.embedding.weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
+    def _place(self, embedding_on_host: bool, head_on_host: bool) -> None:
+        """First what goes to the host, so that there is room for what comes."""
+        tied = self.embedding.weight is self.head
+        wanted: list[tuple[nn.Module, bool]] = [(self._output, head_on_host)]
+        if not tied:
+            wanted.append((self.embedding, embedding_on_host))
+        for module, on_host in sorted(wanted, key=lambda each: not each[1]):
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            if self.device.type != "cpu" and on_host != (weight.device.type == "cpu"):
+                module.weight = nn.Parameter(_moved_whole(weight.detach(), on_host, self.device), requires_grad=False)
+        if tied:
+            self.embedding.weight = self.head
+        self._head_on_host = head_on_host
 
     def attach_gradients(self) -> None:
         """Give every A and B of the adapter a `.grad` that the micro-batches are summed into, all in one buffer.
@@ -419,7 +444,7 @@ class Decoder:
         kept = [self._forward(layer, flow, step, train=True) for layer in self.layers]
         hidden, z, rho = self._last_norm(flow)
         loss, num_correct, _, dhidden = linear_cross_entropy_forward(
-            hidden, self.head, batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
+            hidden, self._head(), batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
             num_valid=batch.head_rows, workspace=self._idle(),
         )  # fmt: skip
         del hidden
@@ -442,7 +467,7 @@ class Decoder:
         self._holds.clear()
         hidden = self._hidden(step)
         loss, num_correct, _, _ = linear_cross_entropy_forward(
-            hidden, self.head, batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
+            hidden, self._head(), batch.labels, softcap=self.softcap, chunk_rows=self.head_chunk_rows,
             num_valid=batch.head_rows, gradient=False, workspace=self._idle(),
         )  # fmt: skip
         return Losses(loss, num_correct)
@@ -451,7 +476,7 @@ class Decoder:
     def logits(self, batch: MicroBatch) -> Tensor:
         """[T, V] in the compute dtype, for comparing models: training never makes them whole."""
         self._holds.clear()
-        z = F.linear(self._hidden(_Step(batch, 0.0, 0)), self.head)
+        z = F.linear(self._hidden(_Step(batch, 0.0, 0)), self.head.to(self.device))
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def _hidden(self, step: _Step) -> Tensor:
@@ -471,6 +496,9 @@ class Decoder:
             return on_device
         x: Tensor = self.embedding(batch.input_ids.cpu() if batch.host_ids is None else batch.host_ids)
         return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
+    def _head(self) -> Tensor | Slabs:
+        return self._host.slabs_of(self.head) if self._head_on_host else self.head
 
     def _idle(self) -> Tensor | None:
         """Memory that nobody needs between the forward and the backward, for the head's logits."""
@@ -710,6 +738,13 @@ class Decoder:
 
     def _positions(self, layer: Layer, step: _Step) -> Positions:
         return Positions(*layer.rope, step.batch.positions)
+
+
+def _moved_whole(table: Tensor, to_host: bool, device: torch.device) -> Tensor:
+    """A table on the host, pinned for a GPU; or on the device."""
+    if not to_host:
+        return table.to(device)
+    return torch.empty(table.shape, dtype=table.dtype, pin_memory=device.type == "cuda").copy_(table)
 
 
 def _normed(x: Tensor, norm: Norm, pending: Pending | None = None) -> tuple[Tensor, Tensor, Tensor]:

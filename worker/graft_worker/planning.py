@@ -93,7 +93,10 @@ def follow(decoder: Decoder, plan: Plan, recipe: Recipe) -> None:
         resident_layers=plan.resident_layers,
         graph_tokens=planner.GRAPH_TOKENS,
         embedding_on_host=plan.embedding == "host",
+        head_on_host=plan.head == "host",
     )
+    if decoder.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(decoder.device)  # what is measured from here on is what was planned
 
 
 def follow_without_plan(decoder: Decoder, recipe: Recipe) -> None:

@@ -158,7 +158,9 @@ def test_it_computes_what_transformers_computes(family: str, targets: Any, devic
     assert distance(ours[seen], logits[seen]) < 1e-5
     [our_loss], our_own = our_gradients(decoder, adapter, [batch], 11.0)
     assert our_loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert max(distance(a, b) for a, b in zip(our_own, gradients, strict=True)) < 5e-5
+    # The gate is 1e-5; a card's fp32 products may be a little coarser.
+    most = 1e-5 if device == "cpu" else 5e-5
+    assert max(distance(a, b) for a, b in zip(our_own, gradients, strict=True)) < most
     assert decoder.evaluate(batch).loss.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -236,6 +238,41 @@ def test_a_packed_document_does_not_see_its_neighbour(device: str) -> None:
     one, two = (decoder.logits(pack([row, second], 1, 0).to(torch.device(device))) for row in (first, other))
     assert not torch.equal(one[:24], two[:24])
     assert torch.equal(one[places], two[places])
+
+
+@pytest.mark.parametrize("family", ["llama-3", "gemma-3", "qwen3"])
+def test_a_document_learns_the_same_to_the_bit_whatever_lies_beside_it(family: str, device: str) -> None:
+    """Loss and gradients of the second document, where the first has other tokens and no loss of its own."""
+    model = build(family, device)
+    adapter = attach(model)
+    decoder = Decoder(model, max_positions=64)
+    decoder.attach_gradients()
+    found = []
+    for seed in (0, 9):
+        first, second = make_rows([24], seed)[0], make_rows([17], 4)[0]
+        silent = dataclasses.replace(first, labels=torch.full_like(first.labels, IGNORED), num_trained=0)
+        for batch in (pack([silent, second], 8, 0), pad([silent, second], 8, 0)):
+            found.append(our_gradients(decoder, adapter, [batch.to(torch.device(device))], 7.0))
+    for one, other in ((0, 2), (1, 3)):
+        assert torch.equal(found[one][0][0], found[other][0][0])
+        assert all(map(torch.equal, found[one][1], found[other][1]))
+    assert found[0][0][0] > 0
+
+
+@pytest.mark.parametrize("collate", [pack, pad], ids=["packed", "padded"])
+def test_two_runs_give_the_same_bits(collate: Callable[..., MicroBatch], device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = build("llama-3", device, dtype)
+    adapter = attach(model, LoraSettings(r=4, alpha=8, dropout=0.1))
+    batches = [collate(make_rows(lengths), 8, 0).to(torch.device(device)) for lengths in ([33, 20, 50], [64, 5])]
+    runs = []
+    for _ in range(2):
+        decoder = Decoder(model, max_positions=64)
+        decoder.attach_gradients()
+        torch.manual_seed(5)
+        runs.append(our_gradients(decoder, adapter, batches, 50.0))
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -129,10 +129,9 @@ def attach(model: nn.Module, settings: LoraSettings, seed: int) -> Adapter:
     for layer in layers.values():
         lora_a = torch.empty(settings.r, layer.in_features)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
-        lora_b = torch.zeros(layer.out_features, settings.r)
         device = layer.weight.device
         layer.lora_A = nn.Parameter(lora_a.to(device))
-        layer.lora_B = nn.Parameter(lora_b.to(device))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, settings.r, device=device))
         layer.scale = settings.scale
         layer.dropout = settings.dropout
     return Adapter(settings=settings, target_modules=targets, layers=layers)

@@ -516,7 +516,10 @@ def run(name: str, model: str, folder: Path, tasks: Sequence[Task]) -> None:
     before = [task for task in tasks if task["part"] == "load" and name == "graft"]
     for task in before:
         _prepare_cache(folder, task["case"])
+    if "from_start" in tasks[0]:
+        _cap(float(tasks[0]["case"].partition("@")[2]))
     contender = Graft(folder) if name == "graft" else Peer(name, folder)
+    loading = _peaks()["peak_gib"]
     for task in tasks:
         row: Row = {"contender": name, "model": model, **task, "load_s": round(contender.load_seconds, 2)}
         try:
@@ -528,6 +531,8 @@ def run(name: str, model: str, folder: Path, tasks: Sequence[Task]) -> None:
             print(f"{name} {task}: {row['failed']}", file=sys.stderr)
         if "failed" in row:
             contender.forget()
+        if "from_start" in task:
+            row["load_peak_gib"] = loading
         if task["part"] == "load":
             row["import_s"] = round(imported, 1)
         print("ROW " + json.dumps(row), flush=True)
@@ -586,7 +591,7 @@ def _shape(contender: Contender, task: Task) -> Row:
     cap = float(capped) if capped else None
     for attempt in range(contender.attempts):
         try:
-            _cap(None)
+            _cap(cap if "from_start" in task else None)
             case = contender.padded(batch, sequence, cap, attempt)
             _cap(cap)
             seconds, loss = _timed([case.step] * (WARM_UP + STEPS))

@@ -72,6 +72,8 @@ CASES = {
     "llama2-7b": ("1x512", "4x2048@8", "1x1024"),
     "llama32-1b": ("1x512", "2x2048", "8x2048"),
 }
+# The cap of these holds from the start of the process on, loading included.
+FROM_THE_START = ("1x2048@5.3", "1x2048@5")
 # Peers run these as well, under the cap.
 CAPPED_PEERS = ("4x2048@8",)
 BUDGETS = (*(f"4x2048@{gib}" for gib in (6, 8, 12, 16, 24, 40)), "4x2048")  # the last: the whole card
@@ -133,7 +135,7 @@ def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, ini
     if part == "shapes":
         chosen = CASES[model] if cases is None else cases
         return [
-            {"part": part, "case": case}
+            {"part": part, "case": case} | ({"from_start": True} if case in FROM_THE_START else {})
             for case in chosen
             if contender == "graft" or "@" not in case or case in CAPPED_PEERS
         ]
@@ -155,8 +157,9 @@ def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, ini
 
 
 def processes_of(tasks: list[Row], contender: str) -> list[list[Row]]:
-    """Tasks that may share a process, and so one load: not those that time Graft's loading."""
-    apart = [[task] for task in tasks if task["part"] == "load" and contender == "graft"]
+    """Tasks that may share a process, and so one load: not those that time Graft's loading, or cap it."""
+    own = [task for task in tasks if contender == "graft" and (task["part"] == "load" or "from_start" in task)]
+    apart = [[task] for task in own]
     rest = [task for task in tasks if [task] not in apart]
     return [*apart, *([rest] if rest else [])]
 

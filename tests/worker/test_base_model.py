@@ -15,10 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from graft.recipe import LoraSettings
 from graft_kernels.nf4 import NF4Weight, decode
-from graft_worker import lora
+from graft_worker import base_model, lora
 from graft_worker.base_model import ARCHITECTURES, BaseModel, load_base_model
+from graft_worker.batches import pack
+from graft_worker.data import Row
+from graft_worker.decoder import KEEP_ALL, Decoder
 from graft_worker.failures import TrainingFailure
 from graft_worker.lora import LoraLinear
+from graft_worker.weight_cache import WeightCache
 
 
 @pytest.fixture
@@ -97,6 +101,28 @@ def test_the_fingerprint_follows_the_contents(copy_of_base: Path, base: BaseMode
     config = json.loads((copy_of_base / "config.json").read_text())
     (copy_of_base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     assert load_base_model(copy_of_base, quantization="none", device="cpu").fingerprint != base.fingerprint
+
+
+def test_on_a_small_card_the_tables_are_loaded_to_the_host_and_the_numbers_stay(
+    base_folder: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(1, torch.arange(3, 35).int(), torch.arange(4, 36).int(), 32)]
+    batch = pack(rows, 8, 0).to(base.device)
+    decoder = Decoder(base.model, max_positions=64)
+    expected = decoder.evaluate(batch).loss
+    monkeypatch.setattr(base_model, "_lacks_room", lambda *_: True)
+    for _ in range(2):  # from the checkpoint, then from the cache
+        small = load_base_model(
+            base_folder, quantization="nf4", device=base.device, cache=WeightCache(tmp_path, 1 << 30)
+        )
+        assert small.model.get_input_embeddings().weight.device.type == "cpu"
+        decoder = Decoder(small.model, max_positions=64)
+        assert torch.equal(decoder.evaluate(batch).loss, expected)
+        decoder.follow([KEEP_ALL] * 2)
+        assert decoder.head.device == base.device
+        assert torch.equal(decoder.evaluate(batch).loss, expected)
+        decoder.close()
+        assert small.model.get_output_embeddings().weight.device.type == "cpu"
 
 
 def test_attaching_is_repeatable_and_detaching_restores_the_base(base: BaseModel) -> None:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from graft.planner import ModelShape, weight_bytes
 from graft.recipe import Quantization
 from graft_kernels.nf4 import SECOND_LEVEL_BLOCKSIZE, NF4Weight
 from graft_worker.failures import TrainingFailure
@@ -67,6 +68,10 @@ _DO_NOT_DOWNLOAD = ["*/*", "consolidated*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCKSIZE = 64
+# Embedding and head, in every architecture above. Where less than so much would be free beside the whole model, they
+# are loaded to the host: a plan for such a card will want them there, and the load is to need no more than the plan.
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_ROOM_BYTES = 1 << 30
 # What is smaller shares one segment of the cache with its like.
 _LARGE_BYTES = 1 << 20
 
@@ -109,9 +114,10 @@ def load_base_model(
     """Load a Hugging Face repository or a local folder, frozen, onto `device`.
 
     The linear layers of the decoder blocks become `LoraLinear`, in NF4 with double quantisation if asked for.
-    Embeddings, norms and the output head stay in `compute_dtype` (None: `default_compute_dtype`). With a `cache`,
-    quantised weights are read from there, or written there; a cache that fails costs time and a warning, no more.
-    `report` is told where the weights came from, in sentences for the owner of the job (None: the log is).
+    Embeddings, norms and the output head stay in `compute_dtype` (None: `default_compute_dtype`); embedding and head
+    are left in pinned memory on the host where a GPU has hardly room for the whole. With a `cache`, quantised weights
+    are read from there, or written there; a cache that fails costs time and a warning, no more. `report` is told where
+    the weights came from, in sentences for the owner of the job (None: the log is).
 
     Raises:
         TrainingFailure: base_model_unavailable, unsafe_weights, unsupported_base_model, out_of_memory.
@@ -134,6 +140,7 @@ def load_base_model(
         source=str(source),
         fingerprint=fingerprint,
         cache=cache if quantization == "nf4" else None,  # else an entry would be a second copy of the checkpoint
+        tables_on_host=_lacks_room(config, quantization, device),
         report=report or _to_log,
     )
     try:
@@ -168,6 +175,17 @@ def load_base_model(
         num_parameters=_num_parameters(model),
         num_bytes=_num_bytes(model),
     )
+
+
+def _lacks_room(config: Any, quantization: Quantization, device: torch.device) -> bool:
+    """Whether a GPU has no room to speak of beside the whole model."""
+    if device.type != "cuda":
+        return False
+    weights = weight_bytes(ModelShape.from_config(config.to_dict()), quantization, "device", "device")
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + reserved - allocated < sum(weights.values()) + _ROOM_BYTES
 
 
 def _to_log(level: Literal["info", "warn"], message: str) -> None:
@@ -326,6 +344,7 @@ class _Loader:
     source: str
     fingerprint: str
     cache: WeightCache | None
+    tables_on_host: bool
     report: Report
 
     def begin(self) -> Entry | None:
@@ -339,7 +358,7 @@ class _Loader:
             return None
         if entry is not None:
             try:
-                entry.start(self.device)
+                entry.start(self.device, _TABLES if self.tables_on_host else ())
             except OSError as error:
                 self._discard(entry, DamagedEntry(f"it cannot be read: {error}"))
                 return None
@@ -411,7 +430,9 @@ class _Loader:
         except OSError as error:
             self._report_uncached(error)
         try:
-            _fill(model, self.shards, self.quantization, self.device, self.dtype, self.source, writer)
+            _fill(
+                model, self.shards, self.quantization, self.device, self.dtype, self.source, writer, self.tables_on_host
+            )
         except BaseException:
             if writer is not None:
                 writer.abort()
@@ -453,6 +474,7 @@ def _fill(
     dtype: torch.dtype,
     source: str,
     writer: EntryWriter | None,
+    tables_on_host: bool,
 ) -> None:
     """Read every tensor once, straight to its place, and show `writer` what becomes of it."""
     linears = _decoder_linears(model)
@@ -484,6 +506,8 @@ def _fill(
             parts = _parts(weight)
         else:
             tensor = tensor.to(dtype)
+            if tables_on_host and name in _TABLES:
+                tensor = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda").copy_(tensor)
             parts = {"": tensor}
             if path not in linears:
                 setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
@@ -534,7 +558,11 @@ def _complete(
     for module in model.modules():
         for buffer_name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[buffer_name] = buffer.to(device)
-    left = [name for name, part in [*model.named_parameters(), *model.named_buffers()] if part.device != device]
+    left = [
+        name
+        for name, part in [*model.named_parameters(), *model.named_buffers()]
+        if part.device != device and not (name in _TABLES and part.device.type == "cpu")
+    ]
     if left:
         raise TrainingFailure(
             "unsupported_base_model", f"{source}: {left[0]} was not filled from the checkpoint.", "model"

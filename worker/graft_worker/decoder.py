@@ -310,7 +310,9 @@ class Decoder:
         self.scale, self.dropout = (adapted[0].scale, adapted[0].dropout) if adapted else (1.0, 0.0)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.head_chunk_rows: int | None = None
-        self._head_on_host = False
+        # Where they were found, and are put back to.
+        self._tables_before = self.embedding.weight.device != self.device, self.head.device != self.device
+        self._head_on_host = self._tables_before[1]
         self._plans: list[LayerPlan] = [KEEP_ALL] * len(self.layers)
         self._host = HostStore(self.device)
         self._memory: dict[str, Tensor] = {}
@@ -380,7 +382,7 @@ class Decoder:
         for layer in self.layers:
             for projection in layer.projections:
                 projection.resident = None
-        self._place(False, False)
+        self._place(*self._tables_before)
 
     def _place(self, embedding_on_host: bool, head_on_host: bool) -> None:
         """First what goes to the host, so that there is room for what comes."""

@@ -25,6 +25,8 @@ class TransformersNetwork:
         self._model = model
         self._parameters = parameters
         self._recompute = recompute
+        # Embedding and head may have been left on the host.
+        model.to(parameters[0].device)  # type: ignore[arg-type]
         if recompute:
             _recompute_activations(model, True)
 

@@ -33,7 +33,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,8 +229,11 @@ class Entry:
         layout = _Layout(groups)
         return self._header == layout.to_json() and self.segments == layout.segments
 
-    def start(self, device: torch.device) -> None:
-        """Begin to read onto `device`, in the background. On the CPU the file itself becomes the memory."""
+    def start(self, device: torch.device, on_host: Collection[str] = ()) -> None:
+        """Begin to read onto `device`, in the background. On the CPU the file itself becomes the memory.
+
+        The tensors named in `on_host`, and what shares a segment with them, go to pinned memory instead.
+        """
         chunks: queue.SimpleQueue[tuple[_Chunk, int]] = queue.SimpleQueue()
         pieces = [
             _Chunk(index, at, min(self._chunk_bytes, num_bytes - at))
@@ -242,7 +245,13 @@ class Entry:
         num_threads = min(_THREADS, len(pieces))
         pool = ThreadPoolExecutor(num_threads, "weight-cache")
         if device.type == "cuda":
-            self._parts = [torch.empty(size, dtype=torch.uint8, device=device) for _, size in self.segments]
+            begins = {self._header[name]["data_offsets"][0] for name in on_host if name in self._header}
+            self._parts = [
+                torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                if any(offset <= begin < offset + size for begin in begins)
+                else torch.empty(size, dtype=torch.uint8, device=device)
+                for offset, size in self.segments
+            ]
             # The allocator may hand out memory that queued work still uses: the copies wait for that work.
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(device))

@@ -530,6 +530,7 @@ def run(name: str, model: str, folder: Path, tasks: Sequence[Task]) -> None:
             row["failed"] = f"{type(error).__name__}: {error}"[:300]
             print(f"{name} {task}: {row['failed']}", file=sys.stderr)
         if "failed" in row:
+            _cap(None)
             contender.forget()
         if "from_start" in task:
             row["load_peak_gib"] = loading
@@ -601,6 +602,7 @@ def _shape(contender: Contender, task: Task) -> Row:
                 raise
             print(f"attempt {attempt + 1}: {error}", file=sys.stderr)
         case = None  # type: ignore[assignment]
+        _cap(cap if "from_start" in task else None)  # what lay on the host may come back to the device
         contender.forget()
     row = _peaks()
     middle = statistics.median(seconds[WARM_UP:])

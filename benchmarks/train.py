@@ -159,7 +159,7 @@ def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, ini
 def processes_of(tasks: list[Row], contender: str) -> list[list[Row]]:
     """Tasks that may share a process, and so one load: not those that time Graft's loading, or cap it."""
     own = [task for task in tasks if contender == "graft" and (task["part"] == "load" or "from_start" in task)]
-    apart = [[task] for task in own]
+    apart = [[task] for task in sorted(own, key=lambda task: task["part"] != "load")]
     rest = [task for task in tasks if [task] not in apart]
     return [*apart, *([rest] if rest else [])]
 

@@ -120,7 +120,6 @@ class Graphs:
         )
         own_x = x.clone()
         graph = torch.cuda.CUDAGraph()
-        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(x.device)
         try:

@@ -637,7 +637,8 @@ def in_rows(shape: ModelShape, adapter: AdapterShape, group: str) -> bool:
     return not adapter.dropout and (group == "o" or (group == "qkv" and not shape.qk_norm))
 
 
-def products(shape: ModelShape, adapter: AdapterShape) -> dict[str, Product]:
+@lru_cache(maxsize=256)
+def products(shape: ModelShape, adapter: AdapterShape) -> Mapping[str, Product]:
     """The four products of a layer: qkv, o, gate_up, down."""
     found = {}
     for group in ("qkv", "o", "gate_up", "down"):
@@ -880,7 +881,7 @@ class Times:
     tokens: int
 
     @cached_property
-    def _products(self) -> dict[str, Product]:
+    def _products(self) -> Mapping[str, Product]:
         return products(self.shape, self.adapter)
 
     def product(self, group: str) -> float:

@@ -514,9 +514,17 @@ CARD_PLANS: dict[str, Callable[[int], LayerPlan]] = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("head", ["device", "host"])
-@pytest.mark.parametrize("family", ["llama-2", "llama-3", "qwen3", "gemma-2"])
+@pytest.mark.parametrize(
+    ("family", "head", "packed"),
+    [
+        ("llama-2", "device", False),
+        ("llama-2", "host", True),
+        ("llama-3", "device", True),
+        ("qwen3", "host", False),
+        ("gemma-2", "device", False),
+        ("gemma-2", "host", True),
+    ],
+)
 def test_the_planned_peak_is_what_the_decoder_makes(
     family: str, head: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -406,6 +406,9 @@ def main() -> None:
     if given.child:
         import contenders
 
+        from graft_worker.processes import die_with_parent
+
+        die_with_parent(signal.SIGKILL, os.getppid())  # a run that is cut leaves nothing on the card
         contenders.run(given.child, given.models[0], given.folder, given.tasks)
         return
     import torch

@@ -5,6 +5,8 @@ and `preference` (OpenAI's pairs). The reader streams: it holds a block of the f
 number of rows goes to a temporary file.
 
     python -m graft.datasets < train.jsonl      # {"report": ..., "summary": ...}
+
+The service reads large files so: see `files.read`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import re
 import sys
 import tempfile
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import IO, Any, BinaryIO, Literal, NamedTuple
+from typing import IO, Any, BinaryIO, Literal, NamedTuple, cast
 
 import orjson
 
@@ -33,8 +36,11 @@ LONG_LINE = 128 * 1024  # some 32,000 tokens of English
 KEPT_ERRORS = 1000
 KEPT_LINES = 10  # of a warning
 NAME_SHOWN = 64  # of a field's name, which may be as long as its line
+PATH_SHOWN = 256
+CONTEXT_SHOWN = 24  # characters before the place at which a line stops being JSON
 
 Format = Literal["chat", "completion", "text", "preference"]
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Faults ---------------------------------------------------------------------------------------------------------------
 
@@ -60,6 +66,10 @@ CODES: dict[str, Code] = {
         "Split the conversation, or look for a missing line end.",
     ),
     "mixed_formats": Code("Rows of different formats in one file.", "Write one file for each format."),
+    "reading_failed": Code(
+        "The service could not read the file to its end; it is not known whether the file is good.",
+        "Upload the file again; if it fails again, the log of the service says why.",
+    ),
     "invalid_json": Code("The line is not JSON.", _DUMP),
     "invalid_utf8": Code("The line is not UTF-8.", "Save the file as UTF-8."),
     "invalid_encoding": Code(
@@ -124,7 +134,7 @@ WARNINGS: dict[str, Code] = {
 @dataclass(frozen=True, slots=True)
 class RowError:
     """One fault. `path` is the place inside the row (`messages[2].role`), empty when it is the row itself; `message`
-    says what is wrong, `hint` how to mend it.
+    says what is wrong, `hint` how to mend it. Line 0 stands for the whole file.
     """
 
     line: int
@@ -134,6 +144,8 @@ class RowError:
     hint: str
 
     def __str__(self) -> str:
+        if self.line == 0:
+            return f"{self.message} {self.hint}"
         where = f"line {self.line}, {self.path}" if self.path else f"line {self.line}"
         return f"{where}: {self.message} {self.hint}"
 
@@ -213,8 +225,9 @@ class Lengths:
 class Report:
     """What one pass over a file found.
 
-    `errors` holds the first faults; `error_count` and `error_codes` count all. `rows` and `bytes` are the whole file's.
-    Turns by role, characters (of text, not of the JSON around it), lengths and warnings are of rows without a fault.
+    `errors` holds the first faults; `error_count` and `error_codes` count all. `rows` and `bytes` are of what was read:
+    the whole file, as a rule (see `examine`). Turns by role, characters (of text, not of the JSON around it), lengths
+    and warnings are of rows without a fault.
     """
 
     rows: int = 0
@@ -238,6 +251,27 @@ class Report:
         self.error_codes.update(fault.code for fault in faults)
         self.errors += faults[: KEPT_ERRORS - len(self.errors)]
 
+    def add_mixed(self, formats: dict[Format, tuple[int, int]]) -> None:
+        """A fault for each format but the first, at its first row; `formats` has (first line, rows) of each."""
+        (main, (main_line, main_rows)), *others = formats.items()
+        for other, (line, rows) in others:
+            faults = _Faults(line)
+            faults.add(
+                "",
+                "mixed_formats",
+                f"{rows:,} row{'s are' if rows > 1 else ' is'} of the format '{other}', this "
+                f"{'the first' if rows > 1 else 'one'}; {main_rows:,} of the format '{main}', the first on line "
+                f"{main_line}.",
+            )
+            self.error_count += 1
+            self.error_codes["mixed_formats"] += 1
+            # In its place, and in any case: a file with too many faults is the more likely to be of two kinds.
+            self.errors.insert(bisect_left(self.errors, line, key=lambda error: error.line), faults[0])
+        if len(self.errors) > KEPT_ERRORS:
+            kept = [error for error in self.errors if error.code != "mixed_formats"][: KEPT_ERRORS - len(others)]
+            mixed = [error for error in self.errors if error.code == "mixed_formats"]
+            self.errors = sorted([*kept, *mixed], key=lambda error: error.line)
+
     def to_json(self) -> dict[str, Any]:
         """For the file's row in the database."""
         return {
@@ -256,9 +290,9 @@ class Report:
 
     def summary(self, most: int = 3) -> str:
         """The first faults in one sentence."""
-        shown = "; ".join(str(error) for error in self.errors[:most])
+        shown = "; ".join(str(error).rstrip(".") for error in self.errors[:most])
         more = self.error_count - min(most, len(self.errors))
-        return shown + (f"; and {more} more" if more > 0 else "")
+        return shown + (f"; and {more:,} more." if more > 0 else "." if shown else "")
 
 
 # A file ---------------------------------------------------------------------------------------------------------------
@@ -268,6 +302,9 @@ def examine(file: BinaryIO) -> Report:
     """Read a whole training file from where it stands, and report on it; never raises for what the file contains.
 
     Reading stops early where the rest could say nothing new: a file that is not JSON lines, or has too many lines.
+
+    Raises:
+        OSError: the file cannot be read, or there is no room for a temporary one.
     """
     report = Report()
     start = file.read(_BLOCK)
@@ -275,29 +312,29 @@ def examine(file: BinaryIO) -> Report:
         report.bytes = len(start)
         report.add(foreign)
         return report
-    formats: dict[Format, int] = {}  # with the first line of each
+    formats: dict[Format, tuple[int, int]] = {}  # the first line of each, and its rows
     lengths: dict[int, int] = defaultdict(int)
     digests, warned = _Digests(), _Warned()
     turns = report.turns
     lines = _Lines(file, start)
     for number, line in lines:
         report.rows += 1
-        if quick := None if line is None else _read_quickly(line):
-            row, facts = quick
-            faults = None
+        if quick := _read_quickly(line):
+            _, facts = quick
         else:
-            row, faults = _read(line, number)
-            facts = None if faults else _facts(row)
-        found = facts.format if facts else row_format(row)
-        if found is not None and found not in formats:
-            formats[found] = number
-            if len(formats) > 1:
-                report.add(_mixed(formats, number))
-        if facts is None:
-            report.add(faults or [])
-            if report.error_codes["not_jsonl"]:
-                break
-            continue
+            row, faults = _read(line, number, is_first=report.rows == 1)
+            if faults:
+                found = row_format(row)
+                if found is not None:
+                    first, count = formats.get(found, (number, 0))
+                    formats[found] = first, count + 1
+                report.add(faults)
+                if report.error_codes["not_jsonl"]:
+                    break
+                continue
+            facts = _facts(row)
+        first, count = formats.get(facts.format, (number, 0))
+        formats[facts.format] = first, count + 1
         for role in facts.roles:
             turns[role] += 1
         report.characters += facts.characters
@@ -308,6 +345,8 @@ def examine(file: BinaryIO) -> Report:
         if line is not None and len(line) > LONG_LINE:
             warned.add(number, "long_lines")
     report.add(lines.too_many())
+    if len(formats) > 1:
+        report.add_mixed(formats)
     if report.rows == 0 and report.error_count == 0:
         nothing = _Faults(1)
         nothing.add("", "empty_file", "the file has no rows.")
@@ -319,27 +358,37 @@ def examine(file: BinaryIO) -> Report:
     return report
 
 
+def unread(size: int, reason: str) -> Report:
+    """The report on a file of so many bytes that could not be read to its end; `reason` is a sentence."""
+    report = Report(bytes=size)
+    nothing = _Faults(0)
+    nothing.add("", "reading_failed", reason)
+    report.add(nothing)
+    return report
+
+
 def read_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file that `examine` found good, each with its line number; read as they are asked for.
 
     Raises:
         InvalidRow: for a row that has a fault after all, naming its line.
     """
-    for number, row, _ in _read_facts(file):
+    for number, row, _ in _good_rows(file):
         yield number, row
 
 
 def duplicates_between(training: BinaryIO, validation: BinaryIO) -> tuple[int, list[int]]:
     """How many rows of the training file stand in the validation file too, and the training file's first such lines.
 
-    Two rows are the same when their values are, however they are spaced and whatever the order of their keys.
+    Two rows are the same when their values are, however they are spaced and whatever the order of their keys. The
+    validation file is read to its end before the training file is begun.
 
     Raises:
         InvalidRow: for a row that has a fault, naming its line.
     """
     ours, theirs = _Digests(), _Digests()
     for digests, file in ((theirs, validation), (ours, training)):
-        for number, _, facts in _read_facts(file):
+        for number, _, facts in _good_rows(file):
             digests.add(facts.digest, number)
     count = 0
     lines: list[int] = []
@@ -355,22 +404,15 @@ def duplicates_between(training: BinaryIO, validation: BinaryIO) -> tuple[int, l
     return count, sorted(lines)[:KEPT_LINES]
 
 
-def _read_facts(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], _Facts]]:
+def _good_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], _Facts]]:
     for number, line in _Lines(file):
-        if quick := None if line is None else _read_quickly(line):
+        if quick := _read_quickly(line):
             yield number, *quick
             continue
         row, faults = _read(line, number)
         if faults:
             raise InvalidRow(faults[0])
         yield number, row, _facts(row)
-
-
-def _mixed(formats: dict[Format, int], line: int) -> _Faults:
-    (first, first_line), *_, (other, _) = formats.items()
-    faults = _Faults(line)
-    faults.add("", "mixed_formats", f"the row is of the format '{other}', line {first_line} is of '{first}'.")
-    return faults
 
 
 _BLOCK = 256 * 1024
@@ -442,17 +484,26 @@ _JSON_LINES = "Upload JSON lines: one row a line."
 _PARQUET = "pandas.read_parquet(path).to_json(out, orient='records', lines=True, force_ascii=False)"
 _MAGIC = (
     (b"PK\x03\x04", "a ZIP archive or a spreadsheet", "Unpack it and upload the .jsonl inside."),
+    (b"PK\x05\x06", "an empty ZIP archive", _JSON_LINES),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "Unpack it and upload the .jsonl inside."),
+    (b"Rar!\x1a\x07", "a RAR archive", "Unpack it and upload the .jsonl inside."),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "Export its rows as JSON lines."),
     (b"\x1f\x8b", "gzip-compressed", "Unpack it with `gunzip` and upload the .jsonl."),
     (b"BZh", "bzip2-compressed", "Unpack it with `bunzip2` and upload the .jsonl."),
     (b"\xfd7zXZ\x00", "xz-compressed", "Unpack it with `unxz` and upload the .jsonl."),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed", "Unpack it with `unzstd` and upload the .jsonl."),
     (b"PAR1", "a Parquet file", f"Export it: `{_PARQUET}`."),
     (b"ARROW1", "an Arrow file", "Export it: `datasets.Dataset.from_file(path).to_json(out)`."),
+    (b"ORC", "an ORC file", "Export its rows as JSON lines."),
+    (b"Obj\x01", "an Avro file", "Export its rows as JSON lines."),
+    (b"\x93NUMPY", "a NumPy array", "Export its rows as JSON lines."),
+    (b"\x80\x04", "a pickle", "Export its rows as JSON lines."),
+    (b"\x80\x05", "a pickle", "Export its rows as JSON lines."),
     (b"SQLite format 3\x00", "an SQLite database", "Export its rows as JSON lines."),
     (b"%PDF", "a PDF document", _JSON_LINES),
     (b"\x89PNG", "a PNG image", _JSON_LINES),
     (b"\xff\xd8\xff", "a JPEG image", _JSON_LINES),
-    (b"\xff\xfe", "UTF-16 text", "Save it as UTF-8."),
+    (b"\xff\xfe", "UTF-16 or UTF-32 text", "Save it as UTF-8."),
     (b"\xfe\xff", "UTF-16 text", "Save it as UTF-8."),
     (b"version https://git-lfs", "a Git LFS pointer instead of the file", "Fetch the file with `git lfs pull`."),
     (b"<", "HTML or XML", "Look whether a login or error page was saved in place of the file."),
@@ -463,11 +514,14 @@ _COLUMN = re.compile(r"[^\W\d][\w .-]{0,63}")
 def _foreign(start: bytes) -> _Faults:
     """What is wrong with a file that its beginning shows to be something else than JSON lines."""
     faults = _Faults(1)
+    text = start.removeprefix(_BYTE_ORDER_MARK).lstrip()
     for magic, what, hint in _MAGIC:
-        if start.startswith(magic):
+        if start.startswith(magic) or (magic == b"<" and text.startswith(magic)):
             faults.add("", "not_jsonl", f"this is {what}, not JSON lines.", hint)
             return faults
-    if b"\x00" in start[:4]:
+    if start[257:262] == b"ustar":
+        faults.add("", "not_jsonl", "this is a tar archive, not JSON lines.", "Unpack it and upload the .jsonl inside.")
+    elif b"\x00" in start[:4]:
         faults.add("", "not_jsonl", "this is UTF-16 text or binary data, not JSON lines.", "Save it as UTF-8 text.")
     elif columns := _columns(start):
         kind, names = columns
@@ -510,8 +564,8 @@ class _Facts(NamedTuple):
     digest: int
 
 
-def _read(line: bytes | None, number: int) -> tuple[Any, list[RowError]]:
-    """The value of a line (None if it cannot be read), and its faults."""
+def _read(line: bytes | None, number: int, *, is_first: bool = False) -> tuple[Any, list[RowError]]:
+    """The value of a line (None if it cannot be read), and its faults; `is_first`: of the file's rows."""
     faults = _Faults(number)
     if line is None:
         faults.add("", "line_too_long", f"the line is over {MAX_LINE:,} bytes.")
@@ -520,13 +574,13 @@ def _read(line: bytes | None, number: int) -> tuple[Any, list[RowError]]:
         row = strict_json.loads(line)
     except StrictJsonError as error:
         text = line.strip()
-        if number == 1 and error.code == "invalid_json" and (text.startswith(b"[") or _SPREAD.match(text)):
+        if is_first and error.code == "invalid_json" and (text.startswith(b"[") or _SPREAD.match(text)):
             faults.add("", "not_jsonl", "the file is one JSON value over several lines.", _AS_LINES)
         else:
-            hint = _json_hint(text, error.message) if error.code == "invalid_json" else ""
-            faults.add("", error.code, error.message, hint)
+            hint = _json_hint(line, error) if error.code == "invalid_json" else ""
+            faults.add(error.path[:PATH_SHOWN], error.code, _with_context(line, error), hint)
         return None, faults
-    if number == 1 and isinstance(row, list):
+    if is_first and isinstance(row, list):
         faults.add("", "not_jsonl", "the line is a JSON list.", f"Take the outer list away. {_AS_LINES}")
         return row, faults
     return row, check_row(row, number)
@@ -540,18 +594,44 @@ _AS_LINES = (
 )
 
 
-def _json_hint(text: bytes, message: str) -> str:
+def _with_context(line: bytes, error: StrictJsonError) -> str:
+    """The error's message and, of a line that stops being JSON somewhere, what stands before that place."""
+    if not error.position:
+        return error.message
+    before = line.decode("utf-8", "replace")[: error.position]
+    shown = before[-CONTEXT_SHOWN:]
+    return f"{error.message[:-1]}, after {'...' if shown != before else ''}{json.dumps(shown, ensure_ascii=False)}."
+
+
+def _json_hint(line: bytes, error: StrictJsonError) -> str:
+    """How to mend what people most often get wrong; empty if it is none of these."""
+    text = line.strip()
+    behind = line.decode("utf-8", "replace")[error.position or 0 :].lstrip()
     if text.startswith(_BYTE_ORDER_MARK):
         return "Files were joined, each with its byte-order mark; take the mark out."
-    if "Extra data" in message:
-        return "Give each row its own line; something stands behind the first value."
     if text.startswith(b"{'"):
         return "This is a Python dict, not JSON: write it with `json.dumps(row)`."
+    if "Extra data" in error.message:
+        if b"\r" in text:
+            return "Lines end with a carriage return alone; write a line feed after each row."
+        if behind.startswith(","):
+            return "Rows are not separated by commas; take out the one at the end."
+        return "Give each row its own line; something stands behind the first value."
+    if behind.startswith(("True", "False", "None")):
+        return "This is Python's spelling; JSON writes true, false and null."
+    if "control character" in error.message:
+        return "A line end or tab inside a text is written \\n or \\t. " + _DUMP
+    if "Unterminated string" in error.message:
+        return "The row was cut off, or a line end stands inside a text (written \\n in JSON). " + _DUMP
+    if "delimiter" in error.message and behind and error.position and text[:1] == b"{":
+        return 'A quotation mark inside a text is written \\". ' + _DUMP
     return ""
 
 
-def _read_quickly(line: bytes) -> tuple[dict[str, Any], _Facts] | None:
+def _read_quickly(line: bytes | None) -> tuple[dict[str, Any], _Facts] | None:
     """A plain chat row without a fault and its facts; None where the line is anything else, or may be."""
+    if line is None:
+        return None
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -640,7 +720,6 @@ def _text_of(message: dict[str, Any]) -> str:
 
 # A row ----------------------------------------------------------------------------------------------------------------
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _FIELDS: dict[Format, frozenset[str]] = {
     "chat": frozenset(("messages", "tools", "parallel_tool_calls")),
@@ -701,7 +780,7 @@ def check_row(row: Any, line: int) -> list[RowError]:
         return faults
     form = row_format(row)
     if form is None:
-        has = ", ".join(name[:NAME_SHOWN] for name in sorted(row)[:8]) or "nothing"
+        has = ", ".join(map(_name, sorted(row)[:8])) or "nothing"
         hint = next((hint for fields, hint in _OTHER_SHAPES if fields <= row.keys()), "")
         faults.add("", "missing_messages", f"'messages' is missing; the row has {has}.", hint)
         return faults
@@ -726,7 +805,7 @@ def _check_fields(value: dict[str, Any], known: frozenset[str], path: str, fault
     has = ", ".join(sorted(known))
     for name in sorted(value.keys() - known):
         hint = _OTHER_FIELDS.get(name, "")
-        faults.add(f"{path}{name[:NAME_SHOWN]}", "unknown_field", f"unknown field; there may be {has}.", hint)
+        faults.add(f"{path}{_name(name)}", "unknown_field", f"unknown field; there may be {has}.", hint)
 
 
 def _check_text(row: dict[str, Any], name: str, faults: _Faults, *, may_be_empty: bool = False) -> None:
@@ -901,6 +980,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def _name(name: str) -> str:
+    """A field's name as it is shown: it may be as long as its line, and hold line ends or marks that turn the text."""
+    name = name[:NAME_SHOWN]
+    return name if name.isprintable() else json.dumps(name)[1:-1]
+
+
 def _shown(value: Any) -> str:
     return "missing" if value is None else json.dumps(value)[:40]
 
@@ -997,6 +1082,32 @@ class _Digests:
         yield from zip(part[::2], part[1::2], strict=True)
 
 
+# A process of its own -------------------------------------------------------------------------------------------------
+
+
+class _First:
+    """The first bytes of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def main(arguments: Sequence[str], source: BinaryIO) -> dict[str, Any]:
+    """What this module prints when it is run: the report on `source`; or with `duplicates SIZE`, of a source of two
+    files one after the other, how many rows of the second stand in the first, which has SIZE bytes, and on which lines.
+    """
+    if arguments[:1] == ["duplicates"]:
+        held_out = cast(BinaryIO, _First(source, int(arguments[1])))
+        count, lines = duplicates_between(source, held_out)
+        return {"count": count, "lines": lines}
+    report = examine(source)
+    return {"report": report.to_json(), "summary": report.summary()}
+
+
 if __name__ == "__main__":
-    found = examine(sys.stdin.buffer)
-    print(json.dumps({"report": found.to_json(), "summary": found.summary()}))
+    json.dump(main(sys.argv[1:], sys.stdin.buffer), sys.stdout)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any, BinaryIO
 
 from sqlalchemy import Update, and_, or_, select, update
@@ -27,10 +31,22 @@ RESULTS = "fine-tune-results"
 
 # Codes that say "this is not a dataset at all": such an upload is refused at once. Any other fault belongs to single
 # rows; the file is kept with status `error`, so that the report can be read; a job that names it fails with the line.
-REFUSED_AT_UPLOAD = {"not_jsonl", "empty_file"}
+REFUSED_AT_UPLOAD = {"not_jsonl", "empty_file", "too_many_lines"}
 
-# A training file of up to this many bytes is read before the upload is answered, a larger one soon after.
+# A training file of up to so many bytes and lines is read before the upload is answered, a larger one soon after, by a
+# process of its own.
 READ_AT_ONCE = 8 * 1024 * 1024
+LINES_AT_ONCE = 50_000
+# The beginning of a larger one tells whether it is a dataset at all: room for a line that is too long, or for more
+# empty lines than there may be. Of shorter rows less is enough.
+BEGINNING = 2 * 1024 * 1024
+FIRST_ROWS = 128 * 1024
+
+# That process is tried so often. One that takes nothing of the file and gives no answer for so long hangs.
+READ_ATTEMPTS = 3
+READ_PATIENCE = 300.0
+
+log = logging.getLogger(__name__)
 
 
 def accept(
@@ -62,11 +78,11 @@ def accept(
     if purpose == "fine-tune":
         head = file.read(READ_AT_ONCE + 1)
         file.seek(0)
-        whole = len(head) <= READ_AT_ONCE
-        # Of a large one only whether it is a dataset at all: its beginning tells that.
-        found = datasets.examine(io.BytesIO(head if whole else head[: head.rfind(b"\n") + 1] or head))
-        if found.errors and found.errors[0].code in REFUSED_AT_UPLOAD:
-            raise InvalidRequest(f"{filename}, {found.summary()}", code=found.errors[0].code, param="file")
+        whole = len(head) <= READ_AT_ONCE and head.count(b"\n") <= LINES_AT_ONCE
+        found = datasets.examine(io.BytesIO(head if whole else _beginning(head)))
+        code = _refusal(found, whole)
+        if code is not None:
+            raise InvalidRequest(f"{clean_filename(filename)}, {found.summary()}", code=code, param="file")
         if whole:
             status, details, report = _verdict(found.to_json(), found.summary())
         else:
@@ -94,11 +110,23 @@ def unread(session: Session) -> list[str]:
 def read(database: Database, storage: Storage, file_id: str) -> None:
     """Examine an uploaded training file: uploaded -> processed, or -> error with the lines at fault.
 
-    In a process of its own, so that reading 500 MB does not hold up the answers to everyone else.
+    In a process of its own, so that reading 500 MB does not hold up the answers to everyone else. A file that it cannot
+    read to its end, however often, gets the status `error` and is not waited for.
+
+    Raises:
+        StorageUnavailable: the content cannot be had at the moment; the file stays as it is.
     """
     with database.read() as session:
         row = session.get_one(File, file_id)
-    report, summary = _examined(storage.read(row.sha256))
+    if row.status != "uploaded" or row.deleted_at is not None:
+        return  # another process of the service was quicker
+    try:
+        answer = _in_a_process([], lambda: storage.read(row.sha256))
+        report, summary = answer["report"], answer["summary"]
+    except (KeyError, OSError) as error:
+        log.exception("a training file cannot be read", extra={"file": file_id})
+        found = datasets.unread(row.bytes, _reason(error))
+        report, summary = found.to_json(), found.summary()
     status, details, report = _verdict(report, summary)
     with database.write() as session:
         changed(
@@ -109,24 +137,121 @@ def read(database: Database, storage: Storage, file_id: str) -> None:
         )
 
 
+def duplicates_between(storage: Storage, training: File, validation: File) -> tuple[int, list[int]] | None:
+    """How many rows of the training file stand in the validation file too, and on which lines (the first of them); None
+    if the two cannot be compared. Both are processed. Large ones are compared in a process of its own.
+
+    Raises:
+        StorageUnavailable: the content cannot be had at the moment.
+    """
+
+    def pieces() -> Iterable[bytes]:
+        return chain(storage.read(validation.sha256), storage.read(training.sha256))
+
+    arguments = ["duplicates", str(validation.bytes)]
+    try:
+        if training.bytes + validation.bytes <= READ_AT_ONCE:
+            answer = datasets.main(arguments, io.BytesIO(b"".join(pieces())))
+        else:
+            answer = _in_a_process(arguments, pieces)
+    except (KeyError, OSError, datasets.InvalidRow):
+        log.exception("two files cannot be compared", extra={"training": training.id, "validation": validation.id})
+        return None
+    return answer["count"], answer["lines"]
+
+
+def _beginning(head: bytes) -> bytes:
+    """The first rows of a large file, whole."""
+    head = head[:BEGINNING]
+    start = len(head) - len(head.lstrip())
+    end = max(head.find(b"\n", start), head.rfind(b"\n", start, start + FIRST_ROWS))
+    return head if end < 0 else head[: end + 1]
+
+
+def _refusal(found: datasets.Report, whole: bool) -> str | None:
+    """The code with which an upload is refused, if it is: of a whole file, or of the beginning of a larger one."""
+    code = found.errors[0].code if found.errors else None
+    if code == "line_too_long" and found.rows == 1:  # the only line, or there is no end to it
+        return code
+    if code == "empty_file" and not whole:  # rows may follow
+        return None
+    return code if code in REFUSED_AT_UPLOAD else None
+
+
 def _verdict(report: dict[str, Any], summary: str) -> tuple[str, str | None, dict[str, Any]]:
     return ("error", summary, report) if report["error_count"] else ("processed", None, report)
 
 
-def _examined(pieces: Iterable[bytes]) -> tuple[dict[str, Any], str]:
-    with subprocess.Popen(
-        [sys.executable, "-m", "graft.datasets"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
+def _reason(error: Exception) -> str:
+    if isinstance(error, ReaderDiedError):
+        return f"The file could not be read to its end: {error}."
+    return "The stored content of the file is missing or damaged."
+
+
+class ReaderDiedError(OSError):
+    """The process that reads a file ended, or was ended, before it had answered."""
+
+
+def _in_a_process(arguments: list[str], pieces: Callable[[], Iterable[bytes]]) -> dict[str, Any]:
+    """The answer of `graft.datasets`, run as a program over these bytes.
+
+    Raises:
+        ReaderDiedError: it died each time.
+    """
+    attempt = 1
+    while True:
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has seen enough
+            return _run(arguments, pieces())
+        except ReaderDiedError as error:
+            if attempt == READ_ATTEMPTS:
+                raise
+            log.warning("%s; trying again", error)
+            time.sleep(attempt)  # what the machine lacked, it may have then
+            attempt += 1
+
+
+def _run(arguments: list[str], pieces: Iterable[bytes]) -> dict[str, Any]:
+    # Without -P, a `csv.py` in the folder where the service was started would be taken for Python's own.
+    command = [sys.executable, "-P", "-m", "graft.datasets", *arguments]
+    pipe = subprocess.PIPE
+    try:
+        # In a session of its own: Ctrl-C is for the service. When the service ends, the pipe does, and so the process.
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+    except OSError as error:
+        raise ReaderDiedError(f"the process that reads it could not be started ({error.strerror})") from error
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has seen enough, or is dead
                 for piece in pieces:
-                    child.stdin.write(piece)
-                child.stdin.close()
-            answer = json.loads(child.stdout.read())
+                    with _patience(child):
+                        child.stdin.write(piece)
+            with _patience(child):
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.close()
+                text = child.stdout.read()
+                code = child.wait()
         finally:
             child.kill()
-    return answer["report"], answer["summary"]
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+    if code != 0:
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        raise ReaderDiedError(f"the process that reads it ended with {how}")
+    answer: dict[str, Any] = json.loads(text)
+    return answer
+
+
+@contextlib.contextmanager
+def _patience(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    watchdog = threading.Timer(READ_PATIENCE, child.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def create(

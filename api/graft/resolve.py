@@ -6,7 +6,7 @@ failed job. Defaults follow the QLoRA and LoRA literature; each is named in the 
 
 from __future__ import annotations
 
-from graft import jobs
+from graft import files, jobs
 from graft.catalogue import BaseModel, Catalogue
 from graft.db import Database
 from graft.errors import InvalidRequest
@@ -159,11 +159,15 @@ def _validation_split(body: JobCreate, rows: int) -> float:
 
 
 def validate(database: Database, storage: Storage, catalogue: Catalogue, settings: Settings, job_id: str) -> None:
-    """Read the job's files against its request: validating_files -> queued, or -> failed with the line at fault."""
+    """Read the job's files against its request: validating_files -> queued, or -> failed with the line at fault. While
+    a file is being read, the job waits.
+    """
     with database.read() as session:
         job = session.get_one(Job, job_id)
         training = jobs.file_of(session, job.project_id, job.training_file)
         validation = jobs.file_of(session, job.project_id, job.validation_file) if job.validation_file else None
+    if any(file is not None and file.status == "uploaded" for file in (training, validation)):
+        return
     try:
         if job.validation_file is not None:
             _require_good(validation, "validation_file", 1)
@@ -176,8 +180,9 @@ def validate(database: Database, storage: Storage, catalogue: Catalogue, setting
                 session, job_id, code=problem.code or "invalid_file", message=problem.message, param=problem.param
             )
         return
+    remarks = _remarks(job, resolved, rows, training, validation) + _repetitions(storage, training, validation)
     with database.write() as session:
-        jobs.queue(session, job_id, resolved, _remarks(job, resolved, rows, training, validation))
+        jobs.queue(session, job_id, resolved, remarks)
 
 
 def _require_good(file: File | None, param: str, fewest: int) -> int:
@@ -188,9 +193,19 @@ def _require_good(file: File | None, param: str, fewest: int) -> int:
         )
     if file.status == "error":
         first = file.report["errors"][0]
+        count = file.report["error_count"]
+        more = f" GET /v1/files/{file.id}/report lists them." if count > 3 else ""
         raise InvalidRequest(
-            f"The file {file.id} ({file.filename}) has {file.report['error_count']} fault(s): {file.status_details}",
+            f"The file {file.id} ({file.filename}) has {count:,} fault(s): {file.status_details}{more}",
             code=first["code"],
+            param=param,
+        )
+    if file.report.get("format") == "preference":
+        raise InvalidRequest(
+            f"The file {file.id} ({file.filename}) holds preference pairs. They can be stored and checked; training on "
+            "them (DPO) is not available yet. For supervised training, write each preferred answer as the last message "
+            'of {"messages": [...]}.',
+            code="unsupported_format",
             param=param,
         )
     rows = int(file.report["rows"])
@@ -228,3 +243,33 @@ def _remarks(job: Job, resolved: Recipe, rows: int, training: File | None, valid
             Event(f"The learning rate {resolved.learning_rate:g} is high for LoRA; watch the loss", level="warn")
         )
     return remarks
+
+
+def _repetitions(storage: Storage, training: File | None, validation: File | None) -> list[Event]:
+    """What the caller should know about rows that stand in a file twice, or in both files."""
+    told = []
+    for file in (training, validation):
+        if file is None or file.report is None:
+            continue
+        for warning in file.report.get("warnings", ()):
+            if warning["code"] == "duplicate_rows":
+                data = {"count": warning["count"], "lines": warning["lines"]}
+                told.append(Event(f"{file.filename}: {warning['message']} {warning['hint']}", level="warn", data=data))
+    if training is None or validation is None or training.sha256 == validation.sha256:
+        return told
+    shared = files.duplicates_between(storage, training, validation)
+    if shared is None:
+        told.append(Event("The training file could not be compared with the validation file", level="warn"))
+    elif shared[0]:
+        count, lines = shared
+        total = training.report["rows"] if training.report is not None else count
+        rows = f"lines {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''}"
+        told.append(
+            Event(
+                f"{count:,} of the {total:,} rows of the training file stand in the validation file too ({rows}): the "
+                "validation loss will look better than it is. Take them out of one of the two.",
+                level="warn",
+                data={"count": count, "lines": lines},
+            )
+        )
+    return told

@@ -157,13 +157,15 @@ class FileObject(BaseModel):
 
 
 class RowFault(BaseModel):
-    """One fault of a training file. `path` is the place inside the row, such as `messages[2].role`."""
+    """One fault of a training file; line 0 is the file as a whole. `path` is the place inside the row, such as
+    `messages[2].role`.
+    """
 
     line: int
     path: str
     code: str
     message: str
-    hint: str
+    hint: str = ""
 
 
 class FileWarning(BaseModel):

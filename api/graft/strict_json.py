@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -19,12 +20,21 @@ MAX_DIGITS = 20
 
 
 class StrictJsonError(ValueError):
-    """What is wrong, with a stable code."""
+    """What is wrong, with a stable code. `path` is the place of the value (`messages[2].content`), where it is known;
+    `position` the character at which the text stops being JSON, where it does.
+    """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, position: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.path = ""
+        self.position = position
+
+    def inside(self, part: str | int) -> None:
+        """The value is that part of a larger one."""
+        place = f"[{part}]" if isinstance(part, int) else part
+        self.path = f"{place}.{self.path}" if self.path and not self.path.startswith("[") else place + self.path
 
 
 def loads(data: bytes) -> Any:
@@ -64,10 +74,12 @@ def _num_keys(value: dict[str, Any] | list[Any], depth: int, strings: list[str])
     if depth > MAX_DEPTH:
         raise _DoubtError
     number = 0
-    if type(value) is dict:
+    items: Iterable[Any] = value
+    if isinstance(value, dict):
         number = len(value)
         strings.extend(value)
-    for item in value.values() if type(value) is dict else value:
+        items = value.values()
+    for item in items:
         kind = type(item)
         if kind is str:
             strings.append(item)
@@ -97,7 +109,8 @@ def loads_strictly(data: bytes) -> Any:
     except RecursionError as error:
         raise StrictJsonError("too_deep", f"values are nested more than {MAX_DEPTH} deep.") from error
     except json.JSONDecodeError as error:
-        raise StrictJsonError("invalid_json", f"not valid JSON: {error.msg} at character {error.pos}.") from error
+        message = f"not valid JSON: {error.msg} at character {error.pos}."
+        raise StrictJsonError("invalid_json", message, position=error.pos) from error
     _check(value, 1, _has_escapes(text))
     return value
 
@@ -143,10 +156,18 @@ def _check(value: Any, depth: int, strings: bool) -> None:
         for key, item in value.items():
             if strings:
                 _check_text(key)
-            _check(item, depth + 1, strings)
+            try:
+                _check(item, depth + 1, strings)
+            except StrictJsonError as error:
+                error.inside(key)
+                raise
     elif isinstance(value, list):
-        for item in value:
-            _check(item, depth + 1, strings)
+        for index, item in enumerate(value):
+            try:
+                _check(item, depth + 1, strings)
+            except StrictJsonError as error:
+                error.inside(index)
+                raise
     elif strings and isinstance(value, str):
         _check_text(value)
 

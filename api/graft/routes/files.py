@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from graft import files
+from graft.datasets import Report
 from graft.deps import CallerDep, ReadDep, ServiceDep, StrictRoute, WriteDep
 from graft.errors import InvalidRequest, NotYet, TooLarge, UnsupportedMediaType
 from graft.models import File
@@ -164,11 +165,12 @@ def file_report(file_id: str, caller: CallerDep, session: ReadDep) -> FileReport
         raise NotYet(f"The file {row.id} is still being read; ask again shortly.", code="file_not_processed")
     if row.report is None:
         raise InvalidRequest(
-            f"The file {row.id} has the purpose '{row.purpose}'; only training files (fine-tune) are read line by line.",
+            f"The file {row.id} has the purpose '{row.purpose}'; only training files ('fine-tune') have a report.",
             code="no_report",
             param="id",
         )
-    return FileReportObject(id=row.id, status=row.status, **row.report)
+    # What an earlier version did not count is empty.
+    return FileReportObject(id=row.id, status=row.status, **{**Report().to_json(), **row.report})
 
 
 @router.delete("/{file_id}")

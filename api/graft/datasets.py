@@ -20,7 +20,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import IO, Any, BinaryIO, Literal, NamedTuple, cast
 
@@ -36,7 +36,7 @@ LONG_LINE = 128 * 1024  # some 32,000 tokens of English
 KEPT_ERRORS = 1000
 KEPT_LINES = 10  # of a warning
 NAME_SHOWN = 64  # of a field's name, which may be as long as its line
-PATH_SHOWN = 256
+PATH_SHOWN = 128
 CONTEXT_SHOWN = 24  # characters before the place at which a line stops being JSON
 
 Format = Literal["chat", "completion", "text", "preference"]
@@ -79,7 +79,9 @@ CODES: dict[str, Code] = {
         "A string holds half of a surrogate pair.",
         "A text was cut in the middle of an emoji or a rare character, as a rule; cut it elsewhere.",
     ),
-    "invalid_character": Code("A string holds the NUL character.", "Take it out."),
+    "invalid_character": Code(
+        "A string holds the NUL character.", 'In Python, `text.replace("\\0", "")` takes it out of every text.'
+    ),
     "duplicate_key": Code("An object has the same key twice.", "Keep one of the two; which is meant cannot be told."),
     "number_out_of_range": Code(
         "A number is too large.", "Write it as text if it is an identifier, or with fewer digits."
@@ -259,9 +261,8 @@ class Report:
             faults.add(
                 "",
                 "mixed_formats",
-                f"{rows:,} row{'s are' if rows > 1 else ' is'} of the format '{other}', this "
-                f"{'the first' if rows > 1 else 'one'}; {main_rows:,} of the format '{main}', the first on line "
-                f"{main_line}.",
+                f"this is a '{other}' row, {f'the first of {rows:,}' if rows > 1 else 'the only one'}; the file has "
+                f"{main_rows:,} '{main}' row{'s' if main_rows > 1 else ''}, the first on line {main_line}.",
             )
             self.error_count += 1
             self.error_codes["mixed_formats"] += 1
@@ -289,10 +290,17 @@ class Report:
         }
 
     def summary(self, most: int = 3) -> str:
-        """The first faults in one sentence."""
-        shown = "; ".join(str(error).rstrip(".") for error in self.errors[:most])
-        more = self.error_count - min(most, len(self.errors))
-        return shown + (f"; and {more:,} more." if more > 0 else "." if shown else "")
+        """The first faults in one sentence; each hint once."""
+        shown: list[str] = []
+        hints: set[str] = set()
+        for error in self.errors[:most]:
+            known = error.hint in hints
+            hints.add(error.hint)
+            shown.append(str(replace(error, hint="") if known else error).strip().rstrip("."))
+        more = self.error_count - len(shown)
+        if more > 0:
+            shown.append(f"and {more:,} more, which GET /v1/files/{{file_id}}/report lists")
+        return "; ".join(shown) + "." if shown else ""
 
 
 # A file ---------------------------------------------------------------------------------------------------------------
@@ -578,7 +586,7 @@ def _read(line: bytes | None, number: int, *, is_first: bool = False) -> tuple[A
             faults.add("", "not_jsonl", "the file is one JSON value over several lines.", _AS_LINES)
         else:
             hint = _json_hint(line, error) if error.code == "invalid_json" else ""
-            faults.add(error.path[:PATH_SHOWN], error.code, _with_context(line, error), hint)
+            faults.add(_printable(error.path[:PATH_SHOWN]), error.code, _with_context(line, error), hint)
         return None, faults
     if is_first and isinstance(row, list):
         faults.add("", "not_jsonl", "the line is a JSON list.", f"Take the outer list away. {_AS_LINES}")
@@ -600,15 +608,17 @@ def _with_context(line: bytes, error: StrictJsonError) -> str:
         return error.message
     before = line.decode("utf-8", "replace")[: error.position]
     shown = before[-CONTEXT_SHOWN:]
-    return f"{error.message[:-1]}, after {'...' if shown != before else ''}{json.dumps(shown, ensure_ascii=False)}."
+    return f"{error.message[:-1]}, after `{'...' if shown != before else ''}{_printable(shown)}`."
 
 
 def _json_hint(line: bytes, error: StrictJsonError) -> str:
     """How to mend what people most often get wrong; empty if it is none of these."""
     text = line.strip()
-    behind = line.decode("utf-8", "replace")[error.position or 0 :].lstrip()
+    behind = line.decode("utf-8", "replace")[error.position :].lstrip() if error.position is not None else ""
     if text.startswith(_BYTE_ORDER_MARK):
         return "Files were joined, each with its byte-order mark; take the mark out."
+    if error.position is None:  # NaN, Infinity or -Infinity
+        return "Python's `json.dumps` writes it for a missing number; leave such a field out."
     if text.startswith(b"{'"):
         return "This is a Python dict, not JSON: write it with `json.dumps(row)`."
     if "Extra data" in error.message:
@@ -621,9 +631,9 @@ def _json_hint(line: bytes, error: StrictJsonError) -> str:
         return "This is Python's spelling; JSON writes true, false and null."
     if "control character" in error.message:
         return "A line end or tab inside a text is written \\n or \\t. " + _DUMP
-    if "Unterminated string" in error.message:
+    if "Unterminated string" in error.message or not behind:
         return "The row was cut off, or a line end stands inside a text (written \\n in JSON). " + _DUMP
-    if "delimiter" in error.message and behind and error.position and text[:1] == b"{":
+    if "delimiter" in error.message and text[:1] == b"{":
         return 'A quotation mark inside a text is written \\". ' + _DUMP
     return ""
 
@@ -776,7 +786,7 @@ def check_row(row: Any, line: int) -> list[RowError]:
     """The faults of one parsed row; `line` is its number in the file."""
     faults = _Faults(line)
     if not isinstance(row, dict):
-        faults.add("", "invalid_example", f"a row must be an object, this is {_kind(row)}.")
+        faults.add("", "invalid_example", f"a row must be an object; this is {_kind(row)}.")
         return faults
     form = row_format(row)
     if form is None:
@@ -811,7 +821,9 @@ def _check_fields(value: dict[str, Any], known: frozenset[str], path: str, fault
 def _check_text(row: dict[str, Any], name: str, faults: _Faults, *, may_be_empty: bool = False) -> None:
     text = row.get(name)
     if not isinstance(text, str):
-        faults.add(name, "invalid_text", f"must be text, this is {'missing' if name not in row else _kind(text)}.")
+        faults.add(
+            name, "invalid_text", f"must be text; {'it is missing' if name not in row else f'this is {_kind(text)}'}."
+        )
     elif not text and not may_be_empty:
         faults.add(name, "invalid_text", "is empty: there is nothing to learn.", "Write it, or take the row out.")
 
@@ -825,7 +837,7 @@ def _check_preference(row: dict[str, Any], faults: _Faults) -> None:
         if _check_messages(context.get("messages"), "input.messages", faults):
             earlier = context["messages"]
     else:
-        faults.add("input", "invalid_preference", f"must be an object with messages, this is {_shown(context)}.")
+        faults.add("input", "invalid_preference", f"must be an object with messages; {_found(context)}.")
     outputs = ("preferred_output", "non_preferred_output")
     for name in outputs:
         messages = row.get(name)
@@ -848,11 +860,11 @@ _DIFFERENT = "Write two different answers, or take the row out."
 def _check_tools(row: dict[str, Any], path: str, faults: _Faults) -> None:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
-        faults.add(f"{path}tools", "invalid_tools", f"must be a list of tools, this is {_kind(tools)}.")
+        faults.add(f"{path}tools", "invalid_tools", f"must be a list of tools; this is {_kind(tools)}.")
         tools = None
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
-            faults.add(f"{path}tools[{index}]", "invalid_tools", f"a tool must be an object, this is {_kind(tool)}.")
+            faults.add(f"{path}tools[{index}]", "invalid_tools", f"a tool must be an object; this is {_kind(tool)}.")
         elif "function" in tool and not _is_named(tool["function"]):
             faults.add(f"{path}tools[{index}].function", "invalid_tools", "must be an object with a name.")
     if not isinstance(row.get("parallel_tool_calls"), bool | None):
@@ -877,14 +889,14 @@ def _check_message(message: Any, path: str, faults: _Faults) -> None:
         faults.add(f"{path}.{name}", "invalid_message", text, hint)
 
     if not isinstance(message, dict):
-        faults.add(path, "invalid_message", f"a message must be an object, this is {_kind(message)}.", _MESSAGE)
+        faults.add(path, "invalid_message", f"a message must be an object; this is {_kind(message)}.", _MESSAGE)
         return
     _check_fields(message, _MESSAGE_FIELDS, f"{path}.", faults)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         meant = _OTHER_ROLES.get(role, role.lower()) if isinstance(role, str) else ""
         hint = f"Write '{meant}'." if meant in ROLES else "Write who speaks, in one of these words."
-        fault("role", f"must be one of {', '.join(ROLES)}, this is {_shown(role)}.", hint)
+        fault("role", f"must be one of {', '.join(ROLES)}; {_found(role)}.", hint)
         return
     calls = message.get("tool_calls")
     if calls is not None and (role != "assistant" or not isinstance(calls, list) or not calls):
@@ -901,7 +913,7 @@ def _check_message(message: Any, path: str, faults: _Faults) -> None:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 fault(f"content[{number}]", "only text parts can be trained on.", _PART)
     elif not isinstance(content, str):
-        fault("content", f"must be text or a list of text parts, this is {_kind(content)}.", "Write it as text.")
+        fault("content", f"must be text or a list of text parts; this is {_kind(content)}.", "Write it as text.")
     if content is not None and role == "assistant" and not calls and _is_empty(content):
         fault("content", "is empty: there is nothing to learn.", "Write the answer, or take the row out.")
     weight = message.get("weight")
@@ -910,7 +922,7 @@ def _check_message(message: Any, path: str, faults: _Faults) -> None:
     if role == "tool" and not isinstance(message.get("tool_call_id"), str):
         fault("tool_call_id", "a tool message must name the call it answers.", "Write the id of the call.")
     if not isinstance(message.get("name"), str | None):
-        fault("name", f"must be text, this is {_kind(message['name'])}.", _OR_NOT)
+        fault("name", f"must be text; this is {_kind(message['name'])}.", _OR_NOT)
     for name in message.keys() & _REASONING_FIELDS:
         if message[name] is not None and (role != "assistant" or not isinstance(message[name], str)):
             fault(name, "must be text, and only an assistant message has it.", _OR_NOT)
@@ -939,7 +951,7 @@ def _call_problem(call: Any) -> str | None:
         try:
             arguments = strict_json.loads(arguments.encode())
         except StrictJsonError as error:
-            return f"the arguments are not JSON: {error.message}"
+            return f"the arguments are not JSON: {error.message.removeprefix('not valid JSON: ')}"
     return None if isinstance(arguments, dict) else "the arguments must be a JSON object, as text or as it is."
 
 
@@ -982,12 +994,19 @@ def _kind(value: Any) -> str:
 
 def _name(name: str) -> str:
     """A field's name as it is shown: it may be as long as its line, and hold line ends or marks that turn the text."""
-    name = name[:NAME_SHOWN]
-    return name if name.isprintable() else json.dumps(name)[1:-1]
+    return _printable(name[:NAME_SHOWN])
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else json.dumps(value)[:40]
+    return json.dumps(value)[:40]
+
+
+def _found(value: Any) -> str:
+    return "it is missing" if value is None else f"this is {_shown(value)}"
 
 
 # Warnings -------------------------------------------------------------------------------------------------------------

@@ -193,10 +193,8 @@ def _require_good(file: File | None, param: str, fewest: int) -> int:
         )
     if file.status == "error":
         first = file.report["errors"][0]
-        count = file.report["error_count"]
-        more = f" GET /v1/files/{file.id}/report lists them." if count > 3 else ""
         raise InvalidRequest(
-            f"The file {file.id} ({file.filename}) has {count:,} fault(s): {file.status_details}{more}",
+            f"The file {file.id} ({file.filename}) has {file.report['error_count']:,} fault(s): {file.status_details}",
             code=first["code"],
             param=param,
         )

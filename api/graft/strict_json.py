@@ -97,7 +97,7 @@ def loads_strictly(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in data[:4]:
             raise StrictJsonError("invalid_encoding", "the text is not UTF-8 (it looks like UTF-16).") from error
-        raise StrictJsonError("invalid_utf8", f"byte {error.start} is not valid UTF-8.") from error
+        raise StrictJsonError("invalid_utf8", f"byte {error.start + 1} is not valid UTF-8.") from error
     if "\x00" in text:
         raise StrictJsonError("invalid_encoding", "the text holds NUL bytes: it is not UTF-8 JSON (UTF-16, perhaps).")
     try:
@@ -109,7 +109,7 @@ def loads_strictly(data: bytes) -> Any:
     except RecursionError as error:
         raise StrictJsonError("too_deep", f"values are nested more than {MAX_DEPTH} deep.") from error
     except json.JSONDecodeError as error:
-        message = f"not valid JSON: {error.msg} at character {error.pos}."
+        message = f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}."
         raise StrictJsonError("invalid_json", message, position=error.pos) from error
     _check(value, 1, _has_escapes(text))
     return value
@@ -138,7 +138,7 @@ def _float(digits: str) -> float:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
+    if len(digits) > MAX_DIGITS + digits.startswith("-"):
         raise StrictJsonError("number_out_of_range", f"the number {digits[:20]}... has too many digits.")
     return int(digits)
 

@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench format serve clean
+.PHONY: help .venv demo test check bench fuzz format serve clean
 
 help:  ## this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,11 @@ check: .venv/installed  ## format, lint, types, import directions
 bench: .venv/installed  ## on a GPU: every kernel, then training beside the peers that are installed
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
+
+SECONDS ?= 600
+fuzz: .venv/installed  ## for SECONDS=600: random files against the reader's promises
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/reader.py -max_total_time=$(SECONDS)
 
 format: .venv/installed  ## put the code into shape
 	$(BIN)/ruff format .

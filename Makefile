@@ -1,4 +1,4 @@
-# make demo · make test · make check · make bench · make serve      (each makes .venv first if it is missing)
+# make demo · make test · make check · make bench · make fuzz · make serve      (each makes .venv first if it is missing)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin

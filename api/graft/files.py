@@ -45,6 +45,7 @@ FIRST_ROWS = 128 * 1024
 # That process is tried so often. One that takes nothing of the file and gives no answer for so long hangs.
 READ_ATTEMPTS = 3
 READ_PATIENCE = 300.0
+READ_PAUSE = 1.0  # seconds after the first failure, twice as many after the second
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def _in_a_process(arguments: list[str], pieces: Callable[[], Iterable[bytes]]) -
             if attempt == READ_ATTEMPTS:
                 raise
             log.warning("%s; trying again", error)
-            time.sleep(attempt)  # what the machine lacked, it may have then
+            time.sleep(attempt * READ_PAUSE)  # what the machine lacked, it may have then
             attempt += 1
 
 

@@ -32,9 +32,11 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## on a GPU: every kernel, then training beside the peers that are installed
-	$(BIN)/python -m graft_kernels.bench
-	$(BIN)/python benchmarks/train.py
+bench: .venv/installed  ## the reader; on a GPU also every kernel, then training beside the peers that are installed
+	$(BIN)/python benchmarks/reader.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m graft_kernels.bench && $(BIN)/python benchmarks/train.py; \
+	else echo "Skipped, for they need a GPU and torch finds none: graft_kernels.bench, benchmarks/train.py"; fi
 
 SECONDS ?= 600
 fuzz: .venv/installed  ## for SECONDS=600: random files against the reader's promises

@@ -327,10 +327,9 @@ def examine(file: BinaryIO) -> Report:
     lines = _Lines(file, start)
     for number, line in lines:
         report.rows += 1
-        if quick := _read_quickly(line):
-            _, facts = quick
-        else:
-            row, faults = _read(line, number, is_first=report.rows == 1)
+        row, facts = _read_quickly(line)
+        if facts is None:
+            row, faults = _read(line, row, number, is_first=report.rows == 1)
             if faults:
                 found = row_format(row)
                 if found is not None:
@@ -414,13 +413,13 @@ def duplicates_between(training: BinaryIO, validation: BinaryIO) -> tuple[int, l
 
 def _good_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], _Facts]]:
     for number, line in _Lines(file):
-        if quick := _read_quickly(line):
-            yield number, *quick
-            continue
-        row, faults = _read(line, number)
-        if faults:
-            raise InvalidRow(faults[0])
-        yield number, row, _facts(row)
+        row, facts = _read_quickly(line)
+        if facts is None:
+            row, faults = _read(line, row, number)
+            if faults:
+                raise InvalidRow(faults[0])
+            facts = _facts(row)
+        yield number, row, facts
 
 
 _BLOCK = 256 * 1024
@@ -572,14 +571,19 @@ class _Facts(NamedTuple):
     digest: int
 
 
-def _read(line: bytes | None, number: int, *, is_first: bool = False) -> tuple[Any, list[RowError]]:
-    """The value of a line (None if it cannot be read), and its faults; `is_first`: of the file's rows."""
+def _read(line: bytes | None, parsed: Any, number: int, *, is_first: bool = False) -> tuple[Any, list[RowError]]:
+    """The value of a line (None if it cannot be read), and its faults.
+
+    Args:
+        parsed: what orjson made of the line; None if it is not known.
+        is_first: of the file's rows.
+    """
     faults = _Faults(number)
     if line is None:
         faults.add("", "line_too_long", f"the line is over {MAX_LINE:,} bytes.")
         return None, faults
     try:
-        row = strict_json.loads(line)
+        row = strict_json.loads(line) if parsed is None else strict_json.confirm(line, parsed)
     except StrictJsonError as error:
         text = line.strip()
         if is_first and error.code == "invalid_json" and (text.startswith(b"[") or _SPREAD.match(text)):
@@ -638,19 +642,21 @@ def _json_hint(line: bytes, error: StrictJsonError) -> str:
     return ""
 
 
-def _read_quickly(line: bytes | None) -> tuple[dict[str, Any], _Facts] | None:
-    """A plain chat row without a fault and its facts; None where the line is anything else, or may be."""
+def _read_quickly(line: bytes | None) -> tuple[Any, _Facts | None]:
+    """What orjson makes of a line (None if it cannot), and the facts if that is a plain chat row without a fault; None
+    where it is anything else, or may be.
+    """
     if line is None:
-        return None
+        return None, None
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return None
-    plain = _plain(row)
-    if plain is None:
-        return None
-    facts, colons = plain
-    return (row, facts) if strict_json.agree(line, colons) else None
+        return None, None
+    if plain := _plain(row):
+        facts, colons = plain
+        if strict_json.agree(line, colons):
+            return row, facts
+    return row, None
 
 
 _PLAIN_ROLES = frozenset(("system", "developer", "user", "assistant"))

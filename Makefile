@@ -40,7 +40,8 @@ bench: .venv/installed  ## the reader; on a GPU also every kernel, then training
 
 SECONDS ?= 600
 fuzz: .venv/installed  ## for SECONDS=600: random files against the reader's promises
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python tests/fuzz/reader.py -max_total_time=$(SECONDS)
 
 format: .venv/installed  ## put the code into shape

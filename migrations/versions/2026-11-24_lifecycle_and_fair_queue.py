@@ -47,6 +47,7 @@ def job_columns() -> list[sa.Column[Any]]:
         sa.Column("plan", JSON, nullable=True),
         sa.Column("measured", JSON, nullable=True),
         sa.Column("progress_at", sa.Double(), nullable=True),
+        sa.Column("rev", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
     ]
 
 

@@ -13,20 +13,10 @@ from graft import adapters, files, jobs
 from graft.db import Database, now
 from graft.errors import Conflict
 from graft.jobs import Claim, Event
-from graft.models import Adapter, Checkpoint, Job, JobEvent, JobStatus, Outbox
+from graft.models import Adapter, Checkpoint, Desired, Job, JobStatus, Outbox
 
 from . import given
-from .given import CALLER
-
-
-def look(database: Database, job_id: str) -> Job:
-    with database.read() as session:
-        return session.get_one(Job, job_id)
-
-
-def story(database: Database, job_id: str) -> list[JobEvent]:
-    with database.read() as session:
-        return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
+from .given import CALLER, look, story
 
 
 def lose_worker(database: Database, job_id: str) -> None:
@@ -80,9 +70,9 @@ def test_a_claim_holds_everything_the_worker_needs(database: Database) -> None:
     assert 55 < job.lease_until - job.started_at <= 61
 
 
-def every_write(database: Database, held: Claim) -> dict[str, bool]:
-    """What a worker can try to write, and whether it was let."""
-    done = {}
+def every_write(database: Database, held: Claim) -> dict[str, object]:
+    """What a worker can try to write, and what it was answered."""
+    done: dict[str, object] = {}
     with database.write() as session:
         done["beat"] = jobs.beat(session, held, lease_seconds=60, events=[Event("late")], progress={"step": 99})
     done["add_checkpoint"] = given.add_checkpoint(database, held, 99)
@@ -90,11 +80,12 @@ def every_write(database: Database, held: Claim) -> dict[str, bool]:
     with database.write() as session:
         done["fail"] = jobs.fail(session, held, code="late", message="late", param=None)
         done["release"] = jobs.release(session, held, "late")
+        done["shrink"] = jobs.shrink(session, held, "late", most=2)
         done["recover"] = jobs.recover(session, held, "late", max_recoveries=3)
     return done
 
 
-REFUSED = dict.fromkeys(("beat", "add_checkpoint", "succeed", "fail", "release", "recover"), False)
+REFUSED = {"beat": None, **dict.fromkeys(("add_checkpoint", "succeed", "fail", "release", "shrink", "recover"), False)}
 
 
 def test_an_old_attempt_can_write_nothing(database: Database) -> None:
@@ -158,7 +149,7 @@ def test_a_beat_extends_the_lease_and_tells_what_happened(database: Database) ->
     with database.write() as session:
         metrics = Event("Step 5/9: loss=0.5", type="metrics", data={"step": 5, "train_loss": 0.5})
         progress = {"step": 5, "total_steps": 9, "trained_tokens": 100, "estimated_finish": 2e9}
-        assert jobs.beat(session, held, lease_seconds=60, events=[metrics], progress=progress)
+        assert jobs.beat(session, held, lease_seconds=60, events=[metrics], progress=progress) is Desired.RUN
     job = look(database, held.job_id)
     assert before.lease_until is not None
     assert job.lease_until is not None
@@ -171,12 +162,16 @@ def test_a_beat_extends_the_lease_and_tells_what_happened(database: Database) ->
 def test_a_job_is_taken_back_only_when_its_lease_is_over(database: Database) -> None:
     held = given.running_job(database)
     with database.read() as session:
-        assert not jobs.has_silent(session)
+        seconds = jobs.until_overdue(session)
+        assert seconds is not None
+        assert 55 < seconds <= 60
     with database.write() as session:
         assert jobs.reap(session, max_recoveries=3) == []
     lose_worker(database, held.job_id)
     with database.read() as session:
-        assert jobs.has_silent(session)
+        seconds = jobs.until_overdue(session)
+        assert seconds is not None
+        assert seconds < 0
     with database.write() as session:
         assert jobs.reap(session, max_recoveries=3) == [held.job_id]
     job = look(database, held.job_id)

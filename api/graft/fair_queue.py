@@ -145,7 +145,12 @@ def _running() -> Subquery:
 def _decayed() -> ColumnElement[float]:
     """A project's usage as it counts now."""
     half_lives = (now() - Project.usage_at) / HALF_LIFE_SECONDS
-    return case((half_lives > 100.0, 0.0), else_=Project.usage * func.pow(0.5, half_lives))
+    # Below 0 where the database's clock was set back: then it counts as it stands.
+    return case(
+        (half_lives > 100.0, 0.0),
+        (half_lives < 0.0, Project.usage),
+        else_=Project.usage * func.pow(0.5, half_lives),
+    )
 
 
 def _share(running: Subquery) -> ColumnElement[float]:

@@ -710,9 +710,10 @@ def _waiting() -> ColumnElement[str]:
 
 def _held_until() -> ColumnElement[float]:
     """When the running attempt ends if it ends now. The lease bounds it: a worker that is silent after its end may have
-    been dead for long."""
+    been dead for long. So does its beginning: the database's clock may have been set back."""
     began = func.coalesce(Job.held_since, now())
-    return case((Job.lease_until < began, began), (Job.lease_until < now(), Job.lease_until), else_=now())
+    ends = case((Job.lease_until < now(), Job.lease_until), else_=now())
+    return case((ends < began, began), else_=ends)
 
 
 def _used() -> ColumnElement[float]:

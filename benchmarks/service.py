@@ -263,8 +263,6 @@ async def _run_load(address: str, request: bytes, wanted: int, seconds: float) -
         await loop.create_connection(lambda: _Client(request, wanted, latencies), host, int(port))
         for _ in range(CONNECTIONS)
     ]
-    await asyncio.sleep(min(0.5, seconds / 4))  # warm
-    latencies.clear()
     await asyncio.sleep(seconds)
     taken = list(latencies)
     for _, client in made:
@@ -343,25 +341,43 @@ def polls(kind: str, places: Places, seconds: float, say: Say) -> None:
     held = filled.running()
     filled.events(held, 50)
     path = f"{JOBS}/{held.job_id}"
-    with serving([__file__, "--bare"]) as (bare_address, _), graft_serve(filled, places.folder) as (address, _):
+    with (
+        serving([__file__, "--bare"]) as (bare_address, bare_process),
+        graft_serve(filled, places.folder) as (address, process),
+        load() as run,
+    ):
         tag = Patient(address)(path)[1]["etag"]
-        plain, conditional = [], []
+        asked = [
+            (bare_address, get(path), 200, bare_process),
+            (address, get(path), 200, process),
+            (address, get(path, If_None_Match=tag), 304, process),
+        ]
+        rates: list[list[tuple[float, float]]] = [[], [], []]
         latencies: list[float] = []
-        with load() as run:
-            for _ in range(5):
-                reference = len(run(bare_address, get(path), 200, seconds))
-                polled = run(address, get(path), 200, seconds)
-                unchanged = len(run(address, get(path, If_None_Match=tag), 304, seconds))
-                plain.append((float(len(polled)), float(reference)))
-                conditional.append((float(unchanged), float(len(polled))))
-                latencies += polled
+        for _ in range(5):
+            for which, (where, request, status, server) in enumerate(asked):
+                used = cpu(server)
+                taken = run(where, request, status, seconds)
+                rates[which].append((len(taken) / seconds, len(taken) / (cpu(server) - used)))
+                if which == 1:
+                    latencies += taken
     goal = 0.20 if kind == "sqlite" else 0.10
     number = "L1" if kind == "sqlite" else "L2"
-    middle, words = ratio(plain)
-    each = f"{plain[-1][0] / seconds:.0f}/s against {plain[-1][1] / seconds:.0f}/s, p99 {p99(latencies) * 1e3:.0f} ms"
-    say(f"{number} poll / bare endpoint", kind, f"{words}; {each}", f">= {goal:.2f}", middle >= goal)
-    middle, words = ratio(conditional)
-    say("L3 poll with ETag (304) / poll", kind, words, ">= 1.30", middle >= 1.3)
+    for what, top, bottom, most in (
+        (f"{number} poll / bare endpoint", rates[1], rates[0], goal),
+        ("L3 poll with ETag (304) / poll", rates[2], rates[1], 1.3),
+    ):
+        middle, words = ratio([(a, b) for (a, _), (b, _) in zip(top, bottom, strict=True)])
+        _, of_cpu = ratio([(a, b) for (_, a), (_, b) in zip(top, bottom, strict=True)])
+        each = f"{top[-1][0]:.0f}/s to {bottom[-1][0]:.0f}/s; by the server's CPU {of_cpu}"
+        say(what, kind, f"{words}; {each}", f">= {most:.2f}", middle >= most)
+    say("poll p99 at 16 connections", kind, f"{p99(latencies) * 1e3:.0f} ms", "", None)
+
+
+def cpu(process: psutil.Process) -> float:
+    """Seconds of CPU that the process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def queue(kind: str, places: Places, seconds: float, say: Say) -> None:
@@ -615,10 +631,6 @@ def idle(kind: str, places: Places, seconds: float, say: Say) -> None:
     filled = places.fill(kind)
     seconds = max(10.0, seconds * 5)
 
-    def cpu(process: psutil.Process) -> float:
-        times = process.cpu_times()
-        return float(times.user + times.system)
-
     def transactions() -> float:
         with filled.database.read() as session:
             query = "select xact_commit + xact_rollback from pg_stat_database where datname = current_database()"
@@ -685,7 +697,7 @@ def main() -> int:
         lines.append(line)
 
     def say(what: str, kind: str, value: str, goal: str, good: bool | None) -> None:
-        show(f"{what:44}{kind:12}{value:60}{goal:12}{'' if good is None else 'met' if good else 'MISSED'}")
+        show(f"{what:44}{kind:12}{value:80}{goal:12}{'' if good is None else 'met' if good else 'MISSED'}")
 
     show(
         f"graft {__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}, "

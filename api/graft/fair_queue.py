@@ -430,10 +430,6 @@ class Forecast:
             self._wake()
         return place
 
-    def last(self, job_id: str) -> Place | None:
-        """Where the job stood in the last forecast, whatever has become of it."""
-        return self._places.get(job_id)
-
     def make(self) -> None:
         """Look at the queue, if somebody has asked since the last time."""
         if not self._asked:

@@ -22,13 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, Update, and_, case, func, insert, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, Table, Update, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy.orm import Session
 
-from graft import adapters, fair_queue, files
+from graft import adapters, fair_queue, files, tenancy
 from graft.adapters import AdapterContent
 from graft.db import changed, has_entry, now
-from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
+from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotAuthenticated, NotFound
 from graft.ids import new_id
 from graft.models import (
     LIVE,
@@ -183,36 +183,42 @@ def _require_dataset(session: Session, project_id: str, file_id: str | None, par
 
 def get(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
     """One job of the project; with `lock`, nobody else changes it until the transaction ends. Raises NotFound."""
-    query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
-    job = session.scalar(query.with_for_update(of=Job) if lock else query)
+    job = session.scalar(_GET_LOCKED if lock else _GET, {"job_id": job_id, "project_id": project_id})
     if job is None:
         raise _not_found(job_id)
     return job
+
+
+# Asked most of all, so made once.
+_GET = select(Job).where(Job.id == bindparam("job_id"), Job.project_id == bindparam("project_id"))
+_GET_LOCKED = _GET.with_for_update(of=Job)
 
 
 def _not_found(job_id: str) -> NotFound:
     return NotFound(f"No such fine-tuning job: '{job_id[:64]}'.", code="job_not_found", param="id")
 
 
-def look(session: Session, project_id: str, job_id: str, *, known: int | None) -> tuple[int, str, Job | None]:
-    """Revision, status and row of one job, in one statement; no row if its revision is the `known` one.
+def version(session: Session, authorization: str | None, job_id: str) -> tuple[Caller, int, str]:
+    """The caller behind an Authorization header, and revision and status of a job: what a poll that finds nothing new
+    needs, in one statement.
 
     Raises:
+        NotAuthenticated: as `tenancy.authenticate`.
         NotFound: no such job.
     """
-    if known is None:
-        job = get(session, project_id, job_id)
-        return job.rev, job.status, job
-    own = aliased(Job)
-    query = (
-        select(own.rev, own.status, Job)
-        .outerjoin(Job, and_(Job.id == own.id, Job.rev != known))
-        .where(own.id == job_id, own.project_id == project_id)
-    )
-    row = session.execute(query).one_or_none()
+    asked = {"key_hash": tenancy.hash_of(authorization), "job_id": job_id}
+    row = session.connection().execute(_VERSION, asked).one_or_none()
     if row is None:
+        raise NotAuthenticated
+    if row.rev is None:
         raise _not_found(job_id)
-    return row.rev, row.status, row.Job
+    return Caller(row.id, row.organization_id), row.rev, row.status
+
+
+_table = cast(Table, Job.__table__)
+_VERSION = tenancy.CALLER.add_columns(_table.c.rev, _table.c.status).outerjoin(
+    _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
+)
 
 
 def list_page(

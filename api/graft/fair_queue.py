@@ -11,6 +11,7 @@ so each sees the ones before; they take milliseconds, and jobs take minutes.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, Subquery, case, false, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Subquery, bindparam, case, false, func, literal, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from graft.db import Database, now, one_at_a_time
@@ -61,28 +62,36 @@ def whose_turn(
         job_id: look at this job only.
         passed: projects that are to be passed over.
     """
-    mine = aliased(Job)
-    fits = [mine.project_id == Project.id, *_due(mine, device_bytes, job_id)]
-    priority = select(mine.priority).where(*fits).order_by(mine.priority.desc()).limit(1).scalar_subquery()
-    first = aliased(Job)
-    fits = [first.project_id == Project.id, first.priority == priority, *_due(first, device_bytes, job_id)]
-    created_at = select(first.created_at).where(*fits).order_by(first.created_at).limit(1).scalar_subquery()
+    asked = {"device_bytes": device_bytes, "job_id": job_id, "passed": list(passed)}
+    row = session.connection().execute(_turn(device_bytes is not None, job_id is not None), asked).one_or_none()
+    return None if row is None else Turn(row.id, row.priority, row.created_at)
+
+
+# Statements that are asked all the time are made once: making them takes longer than answering them.
+@functools.cache
+def _turn(is_sized: bool, is_named: bool) -> Select[Any]:
+    mine, first = aliased(Job), aliased(Job)
+    due = [mine.project_id == Project.id, *_due(mine, is_sized, is_named)]
+    # Named, because the second holds the first inside, which would otherwise look at all projects at once.
+    of_this = select(mine.priority).where(*due).correlate(Project)
+    priority = of_this.order_by(mine.priority.desc()).limit(1).scalar_subquery()
+    due = [first.project_id == Project.id, first.priority == priority, *_due(first, is_sized, is_named)]
+    oldest = select(first.created_at).where(*due).correlate(Project)
+    created_at = oldest.order_by(first.created_at).limit(1).scalar_subquery()
     running = _running()
-    query = (
-        select(Project.id, priority.label("priority"), created_at.label("created_at"))
+    found = (
+        select(Project.id, priority.label("priority"), created_at.label("created_at"), _share(running).label("share"))
         .outerjoin(running, running.c.project_id == Project.id)
         .where(or_(Project.max_running_jobs.is_(None), func.coalesce(running.c.jobs, 0) < Project.max_running_jobs))
+        .where(Project.id.not_in(bindparam("passed", expanding=True)))
+        .subquery()
     )
-    if passed:
-        query = query.where(Project.id.not_in(passed))
-    found = query.add_columns(_share(running).label("share")).subquery()
-    row = session.execute(
+    return (
         select(found)
         .where(found.c.priority.is_not(None))
         .order_by(found.c.priority.desc(), found.c.share, found.c.created_at, found.c.id)
         .limit(1)
-    ).one_or_none()
-    return None if row is None else Turn(row.id, row.priority, row.created_at)
+    )
 
 
 def take(
@@ -97,30 +106,46 @@ def take(
     one_at_a_time(session, "claims")
     passed: set[str] = set()
     while (turn := whose_turn(session, device_bytes=device_bytes, job_id=job_id, passed=passed)) is not None:
-        due = (
-            select(Job)
-            .where(Job.project_id == turn.project_id, Job.priority == turn.priority, *_due(Job, device_bytes, job_id))
-            .order_by(Job.created_at, Job.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        job = None
+        asked = {
+            "project_id": turn.project_id,
+            "priority": turn.priority,
+            "device_bytes": device_bytes,
+            "job_id": job_id,
+            "warm": warm,
+            "soon": turn.created_at + WARM_SECONDS,
+        }
+        is_sized, is_named = device_bytes is not None, job_id is not None
+        job: Job | None = None
         if warm is not None:
-            soon = Job.created_at <= turn.created_at + WARM_SECONDS
-            job = session.scalar(due.where(Job.base_model == warm, soon))
-        job = job or session.scalar(due)
+            job = session.scalar(_next(is_sized, is_named, True), asked)
+        job = job or session.scalar(_next(is_sized, is_named, False), asked)
         if job is not None:
             return job
         passed.add(turn.project_id)  # its callers are just changing all it has
     return None
 
 
-def _due(job: type[Job], device_bytes: int | None, job_id: str | None = None) -> list[ColumnElement[bool]]:
+@functools.cache
+def _next(is_sized: bool, is_named: bool, is_warm: bool) -> Select[Any]:
+    """The job that a project's turn falls to; a warm one only if it is hardly younger than the oldest."""
+    turn = [Job.project_id == bindparam("project_id"), Job.priority == bindparam("priority")]
+    if is_warm:
+        turn += [Job.base_model == bindparam("warm"), Job.created_at <= bindparam("soon")]
+    return (
+        select(Job)
+        .where(*turn, *_due(Job, is_sized, is_named))
+        .order_by(Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _due(job: type[Job], is_sized: bool, is_named: bool) -> list[ColumnElement[bool]]:
     conditions = [job.status == QUEUED, job.not_before <= now()]
-    if device_bytes is not None:
-        conditions.append(or_(job.needs_bytes.is_(None), job.needs_bytes <= device_bytes))
-    if job_id is not None:
-        conditions.append(job.id == job_id)
+    if is_sized:
+        conditions.append(or_(job.needs_bytes.is_(None), job.needs_bytes <= bindparam("device_bytes")))
+    if is_named:
+        conditions.append(job.id == bindparam("job_id"))
     return conditions
 
 

@@ -155,6 +155,23 @@ def test_a_project_runs_no_more_jobs_at_once_than_it_may(database: Database) -> 
     assert given.try_claim(database) is not None
 
 
+def test_a_project_at_its_limit_hides_nothing_of_the_others(database: Database) -> None:
+    """Its waiting jobs of a higher priority are not looked at, neither for the turn nor for how old the next one is."""
+    limited = given.project(database, "limited", max_running_jobs=1)
+    training = given.dataset(database, limited.project_id).id
+    for _ in range(2):
+        given.queued_job(database, limited, training_file=training, priority=9)
+    mine = [given.queued_job(database) for _ in range(2)]
+    assert given.claim(database).project_id == limited.project_id
+    with database.read() as session:
+        turn = fair_queue.whose_turn(session)
+        assert turn is not None
+        assert (turn.project_id, turn.priority) == (CALLER.project_id, 0)
+        assert turn.created_at == look(database, mine[0]).created_at
+    assert given.claim(database, warm="tiny").job_id == mine[0]
+    assert given.claim(database, warm="other").job_id == mine[1]
+
+
 def test_limits_that_make_no_sense_are_refused(sqlite: Database) -> None:
     with sqlite.write() as session:
         for weight in (0.0, -1.0, float("inf"), float("nan")):

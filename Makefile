@@ -32,7 +32,8 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
+bench: .venv/installed  ## the service's figures (no GPU needed); on a GPU every kernel, then training steps beside the installed peers
+	$(BIN)/python benchmarks/service.py
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
 

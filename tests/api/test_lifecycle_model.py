@@ -38,9 +38,11 @@ from .given import CALLER
 RUNS = int(os.environ.get("LIFECYCLE_RUNS", "500"))
 STEPS = 50
 
-# Long beside what a run really takes; no sum of moments is a lease.
+# Long beside what a run really takes. No sum of moments, forwards and back, is a lease or what a job may run, so that the
+# real milliseconds never decide.
 MOMENT = 1_000.0
 LEASE = 10.5 * MOMENT
+MAY_RUN = 2.7 * MOMENT
 BACK_OFF = 100.0, 300.0
 MAX_RECOVERIES = 2
 MOST_PLANS = 1
@@ -214,7 +216,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(
         caller=st.sampled_from([CALLER, OTHER]),
         priority=st.sampled_from([0, 0, 1]),
-        may_run=st.sampled_from([None, None, 2.5 * MOMENT]),
+        may_run=st.sampled_from([None, None, MAY_RUN]),
         dies_at=DEATH,
     )
     def create(self, caller: Caller, priority: int, may_run: float | None, dies_at: int | None) -> None:
@@ -425,7 +427,7 @@ class Lifecycle(RuleBasedStateMachine):
                 if job.status == "running" and job.lease_until < self.now:
                     job.lease_until = self.now + LEASE
 
-    @rule(seconds=st.sampled_from([MOMENT, 3 * MOMENT, LEASE + MOMENT, 10 * LEASE, -MOMENT]))
+    @rule(seconds=st.sampled_from([MOMENT, 3 * MOMENT, 12 * MOMENT, 100 * MOMENT, -MOMENT]))
     def time_passes(self, seconds: float) -> None:
         """Or the clock is set, forwards or back."""
         with self.database.write() as session:

@@ -38,8 +38,8 @@ from .given import CALLER
 RUNS = int(os.environ.get("LIFECYCLE_RUNS", "500"))
 STEPS = 50
 
-# Long beside what a run really takes. No sum of moments, forwards and back, is a lease or what a job may run, so that the
-# real milliseconds never decide.
+# Long beside what a run really takes. No sum of moments, forwards and back, is a lease or what a job may run, so that
+# the real milliseconds never decide.
 MOMENT = 1_000.0
 LEASE = 10.5 * MOMENT
 MAY_RUN = 2.7 * MOMENT

@@ -88,6 +88,7 @@ def test_a_place_in_the_queue_that_moves_is_new(service: Service) -> None:
     assert http.get(path, headers={"If-None-Match": tag}).status_code == 304
     given.cancel(service.database, first)
     service.app.state.service.forecast.FRESH_SECONDS = 0.0
+    service.app.state.service.forecast.RESTS = 0
     http.get(path)
     service.turn()
     answer = http.get(path, headers={"If-None-Match": tag})

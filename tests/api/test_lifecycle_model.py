@@ -469,6 +469,7 @@ def quick(database: Database) -> Iterator[None]:
     event.remove(database.engine, "connect", prepare)
 
 
+@pytest.mark.timeout(7200)  # as many runs as are asked for, on a machine as busy as it is
 def test_the_rules_of_a_jobs_life_hold(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "BACK_OFF_SECONDS", BACK_OFF)
     monkeypatch.setattr(logging.getLogger("graft.jobs"), "disabled", True)

@@ -32,8 +32,9 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## the reader; on a GPU also every kernel, then training beside the peers that are installed
+bench: .venv/installed  ## the reader and the service; on a GPU also every kernel, then training beside installed peers
 	$(BIN)/python benchmarks/reader.py
+	$(BIN)/python benchmarks/service.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m graft_kernels.bench && $(BIN)/python benchmarks/train.py; \
 	else echo "Skipped, for they need a GPU and torch finds none: graft_kernels.bench, benchmarks/train.py"; fi

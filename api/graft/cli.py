@@ -1,4 +1,4 @@
-"""`graft serve | worker | migrate | keys | bench`: the operator's commands."""
+"""`graft serve | worker | migrate | keys | projects | workers | bench`: the operator's commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from graft import __version__, logs, tenancy
+from graft import __version__, fair_queue, logs, tenancy, workers
 from graft.db import Database
 from graft.embedded import EmbeddedWorkers, require_worker_package
 from graft.errors import ConfigurationError, GraftError
@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     keys = command("keys", _keys, "Make, list and revoke API keys.")
     keys.add_argument("action", choices=["create", "list", "revoke"])
     keys.add_argument("name", nargs="?", help="create: a name for the key; revoke: its id")
+    projects = command("projects", _projects, "List projects; set a project's share and its limit on running jobs.")
+    projects.add_argument("action", choices=["list", "limits"])
+    projects.add_argument("project", nargs="?", help="limits: the project's id")
+    projects.add_argument("--weight", metavar="W", type=float, help="share beside other projects (1: the same)")
+    projects.add_argument("--max-running-jobs", metavar="N", type=int, help="jobs that may run at once (0: no limit)")
+    command("workers", _workers, "List the workers, their devices and what they do.")
     bench = command("bench", _bench, "On a GPU: time every kernel, or training beside the peers that are installed.")
     bench.add_argument("what", choices=["kernels", "train"])
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options (-h lists them)")
@@ -203,6 +209,49 @@ def _keys(options: argparse.Namespace, settings: Settings) -> int:
                 made = datetime.fromtimestamp(row.created_at, UTC).strftime("%Y-%m-%d %H:%M")
                 state = "live" if row.revoked_at is None else "revoked"
                 print(f"{row.id}  {row.prefix}...  {state:8}{made}  {row.project_id}  {row.name}")
+    return 0
+
+
+def _projects(options: argparse.Namespace, settings: Settings) -> int:
+    database = Database(settings.require_database_url())
+    database.require_current()
+    if options.action == "list":
+        with database.read() as session:
+            for row in fair_queue.list_projects(session):
+                most = "no limit" if row.max_running_jobs is None else f"at most {row.max_running_jobs}"
+                print(
+                    f"{row.id}  weight {row.weight:g}  {row.running} running ({most})  {row.queued} queued  "
+                    f"{row.gpu_hours:.1f} GPU-hours that count  {row.name}"
+                )
+        return 0
+    if options.project is None or (options.weight is None and options.max_running_jobs is None):
+        raise ConfigurationError(
+            "Say which project and what to set: `graft projects limits <id> --weight 2 --max-running-jobs 4`; "
+            "`graft projects list` shows them."
+        )
+    try:
+        with database.write() as session:
+            known = fair_queue.set_limits(
+                session, options.project, weight=options.weight, max_running_jobs=options.max_running_jobs
+            )
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    if not known:
+        raise ConfigurationError(f"There is no project '{options.project}'. `graft projects list` shows them.")
+    print(f"{options.project} is served so from the next claim on.")
+    return 0
+
+
+def _workers(options: argparse.Namespace, settings: Settings) -> int:
+    database = Database(settings.require_database_url())
+    database.require_current()
+    with database.read() as session:
+        alive = {row.id for row in workers.alive(session, settings.heartbeat_seconds)}
+        for row in workers.list_all(session):
+            seen = datetime.fromtimestamp(row.seen_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            state = "gone" if row.id not in alive else f"runs {row.job_id}" if row.job_id else "idle"
+            memory = "any memory" if row.device_bytes is None else f"{row.device_bytes / 2**30:.1f} GiB"
+            print(f"{row.id}  {row.device}, {memory}  {state}  {row.base_model or '-'}  {row.version}  seen {seen}")
     return 0
 
 

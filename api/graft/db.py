@@ -160,6 +160,14 @@ class Database:
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def came_back(self, seconds: float) -> bool:
+        """Whether the server itself was started within the last `seconds`. An SQLite file is always there."""
+        if self.is_sqlite:
+            return False
+        up = "select extract(epoch from clock_timestamp() - pg_postmaster_start_time())"
+        with self.read() as session:
+            return bool(session.execute(text(up)).scalar_one() < seconds)
+
     def dispose(self) -> None:
         """Close all connections."""
         self.engine.dispose()
@@ -227,6 +235,8 @@ class Database:
 
 
 def _postgresql_engine(url: Any) -> Engine:
+    # Fewer than the web has threads: a thread waits for a connection only while others are at work with theirs, since
+    # none is held by a request that waits for a thread (`graft.deps.Opening`).
     engine = create_engine(
         url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5}
     )
@@ -241,7 +251,7 @@ def _postgresql_engine(url: Any) -> Engine:
 
 
 def _sqlite_engine(url: Any) -> Engine:
-    # Cheap, so more than the web has threads: none of them waits for a connection whose holder needs a thread.
+    # Cheap, so more than the web has threads.
     engine = create_engine(url, pool_size=10, max_overflow=90, connect_args={"check_same_thread": False})
 
     @event.listens_for(engine, "connect")

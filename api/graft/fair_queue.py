@@ -5,21 +5,22 @@ the project's weight. Of the projects whose next job has the highest priority, t
 So a project with a thousand queued jobs does not keep another waiting for longer than until the next worker is free.
 
 A project's running jobs count as they run, each for a minute at least: what was claimed a moment ago has used nothing
-yet, and several workers that look at the same time shall not all serve the same project.
+yet, and several workers that become free together shall not all serve the same project. Claims are made one at a time,
+so each sees the ones before; they take milliseconds, and jobs take minutes.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
-import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Subquery, and_, case, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, Row, Select, Subquery, bindparam, case, false, func, literal, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from graft.db import Database, now, one_at_a_time
@@ -39,10 +40,9 @@ QUEUED: ColumnElement[str] = literal(JobStatus.QUEUED.value, literal_execute=Tru
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The project that is next, and its job that would be taken."""
+    """The project that is next, and the place of its job that would be taken."""
 
     project_id: str
-    max_running_jobs: int | None
     priority: int
     created_at: float
 
@@ -62,28 +62,36 @@ def whose_turn(
         job_id: look at this job only.
         passed: projects that are to be passed over.
     """
-    mine = aliased(Job)
-    fits = [mine.project_id == Project.id, *_due(mine, device_bytes, job_id)]
-    priority = select(mine.priority).where(*fits).order_by(mine.priority.desc()).limit(1).scalar_subquery()
-    first = aliased(Job)
-    fits = [first.project_id == Project.id, first.priority == priority, *_due(first, device_bytes, job_id)]
-    created_at = select(first.created_at).where(*fits).order_by(first.created_at).limit(1).scalar_subquery()
+    asked = {"device_bytes": device_bytes, "job_id": job_id, "passed": list(passed)}
+    row = session.connection().execute(_turn(device_bytes is not None, job_id is not None), asked).one_or_none()
+    return None if row is None else Turn(row.id, row.priority, row.created_at)
+
+
+# Statements that are asked all the time are made once: making them takes longer than answering them.
+@functools.cache
+def _turn(is_sized: bool, is_named: bool) -> Select[Any]:
+    mine, first = aliased(Job), aliased(Job)
+    due = [mine.project_id == Project.id, *_due(mine, is_sized, is_named)]
+    # Named, because the second holds the first inside, which would otherwise look at all projects at once.
+    of_this = select(mine.priority).where(*due).correlate(Project)
+    priority = of_this.order_by(mine.priority.desc()).limit(1).scalar_subquery()
+    due = [first.project_id == Project.id, first.priority == priority, *_due(first, is_sized, is_named)]
+    oldest = select(first.created_at).where(*due).correlate(Project)
+    created_at = oldest.order_by(first.created_at).limit(1).scalar_subquery()
     running = _running()
-    query = (
-        select(Project.id, Project.max_running_jobs, priority.label("priority"), created_at.label("created_at"))
+    found = (
+        select(Project.id, priority.label("priority"), created_at.label("created_at"), _share(running).label("share"))
         .outerjoin(running, running.c.project_id == Project.id)
         .where(or_(Project.max_running_jobs.is_(None), func.coalesce(running.c.jobs, 0) < Project.max_running_jobs))
+        .where(Project.id.not_in(bindparam("passed", expanding=True)))
+        .subquery()
     )
-    if passed:
-        query = query.where(Project.id.not_in(passed))
-    found = query.add_columns(_share(running).label("share")).subquery()
-    row = session.execute(
+    return (
         select(found)
         .where(found.c.priority.is_not(None))
         .order_by(found.c.priority.desc(), found.c.share, found.c.created_at, found.c.id)
         .limit(1)
-    ).one_or_none()
-    return None if row is None else Turn(row.id, row.max_running_jobs, row.priority, row.created_at)
+    )
 
 
 def take(
@@ -94,38 +102,50 @@ def take(
     Args:
         warm: the base model that the worker holds already.
     """
+    # Whoever is next knows what the one before took: two at once would serve the same project, or overrun its limit.
+    one_at_a_time(session, "claims")
     passed: set[str] = set()
     while (turn := whose_turn(session, device_bytes=device_bytes, job_id=job_id, passed=passed)) is not None:
-        if turn.max_running_jobs is not None:
-            # Two claims at once would each see room for one more.
-            one_at_a_time(session, f"running jobs of {turn.project_id}")
-            if _count_running(session, turn.project_id) >= turn.max_running_jobs:
-                passed.add(turn.project_id)
-                continue
-        due = (
-            select(Job)
-            .where(Job.project_id == turn.project_id, Job.priority == turn.priority, *_due(Job, device_bytes, job_id))
-            .order_by(Job.created_at, Job.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        job = None
+        asked = {
+            "project_id": turn.project_id,
+            "priority": turn.priority,
+            "device_bytes": device_bytes,
+            "job_id": job_id,
+            "warm": warm,
+            "soon": turn.created_at + WARM_SECONDS,
+        }
+        is_sized, is_named = device_bytes is not None, job_id is not None
+        job: Job | None = None
         if warm is not None:
-            soon = Job.created_at <= turn.created_at + WARM_SECONDS
-            job = session.scalar(due.where(Job.base_model == warm, soon))
-        job = job or session.scalar(due)
+            job = session.scalar(_next(is_sized, is_named, True), asked)
+        job = job or session.scalar(_next(is_sized, is_named, False), asked)
         if job is not None:
             return job
-        passed.add(turn.project_id)  # others are just taking all it has
+        passed.add(turn.project_id)  # its callers are just changing all it has
     return None
 
 
-def _due(job: type[Job], device_bytes: int | None, job_id: str | None = None) -> list[ColumnElement[bool]]:
+@functools.cache
+def _next(is_sized: bool, is_named: bool, is_warm: bool) -> Select[Any]:
+    """The job that a project's turn falls to; a warm one only if it is hardly younger than the oldest."""
+    turn = [Job.project_id == bindparam("project_id"), Job.priority == bindparam("priority")]
+    if is_warm:
+        turn += [Job.base_model == bindparam("warm"), Job.created_at <= bindparam("soon")]
+    return (
+        select(Job)
+        .where(*turn, *_due(Job, is_sized, is_named))
+        .order_by(Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _due(job: type[Job], is_sized: bool, is_named: bool) -> list[ColumnElement[bool]]:
     conditions = [job.status == QUEUED, job.not_before <= now()]
-    if device_bytes is not None:
-        conditions.append(or_(job.needs_bytes.is_(None), job.needs_bytes <= device_bytes))
-    if job_id is not None:
-        conditions.append(job.id == job_id)
+    if is_sized:
+        conditions.append(or_(job.needs_bytes.is_(None), job.needs_bytes <= bindparam("device_bytes")))
+    if is_named:
+        conditions.append(job.id == bindparam("job_id"))
     return conditions
 
 
@@ -144,18 +164,18 @@ def _running() -> Subquery:
     )
 
 
-def _count_running(session: Session, project_id: str) -> int:
-    query = select(func.count()).where(Job.project_id == project_id, Job.status == JobStatus.RUNNING)
-    return session.scalar(query) or 0
-
-
 # -- shares -------------------------------------------------------------------------------------------------------
 
 
 def _decayed() -> ColumnElement[float]:
     """A project's usage as it counts now."""
     half_lives = (now() - Project.usage_at) / HALF_LIFE_SECONDS
-    return case((half_lives > 100.0, 0.0), else_=Project.usage * func.pow(0.5, half_lives))
+    # Below 0 where the database's clock was set back: then it counts as it stands.
+    return case(
+        (half_lives > 100.0, 0.0),
+        (half_lives < 0.0, Project.usage),
+        else_=Project.usage * func.pow(0.5, half_lives),
+    )
 
 
 def _share(running: Subquery) -> ColumnElement[float]:
@@ -170,6 +190,27 @@ def charge(session: Session, project_id: str, seconds: float) -> None:
         .values(usage=_decayed() + seconds, usage_at=now())
         .execution_options(synchronize_session=False)
     )
+
+
+def list_projects(session: Session) -> Sequence[Row[Any]]:
+    """Of each project by id: `id`, `name`, `weight`, `max_running_jobs`, `running`, `queued`, and the `gpu_hours` that
+    count against it now."""
+    running = _running()
+    queued = select(func.count()).where(Job.project_id == Project.id, Job.status == QUEUED).scalar_subquery()
+    used = (_decayed() + func.coalesce(running.c.seconds, 0.0)) / 3600.0
+    return session.execute(
+        select(
+            Project.id,
+            Project.name,
+            Project.weight,
+            Project.max_running_jobs,
+            func.coalesce(running.c.jobs, 0).label("running"),
+            queued.label("queued"),
+            used.label("gpu_hours"),
+        )
+        .outerjoin(running, running.c.project_id == Project.id)
+        .order_by(Project.id)
+    ).all()
 
 
 def set_limits(
@@ -361,7 +402,7 @@ def too_large_for(needs_bytes: int, largest: int) -> str:
 
 
 def waiting_changes(session: Session, *, heartbeat_seconds: float) -> dict[str, str | None]:
-    """Queued jobs that fit no living worker and do not say so yet, with their sentence; and those that fit again.
+    """Queued jobs that fit no living worker and do not say so, with their sentence; those that fit again, with None.
 
     Without any worker nothing is said: that is no property of a job.
     """
@@ -370,21 +411,24 @@ def waiting_changes(session: Session, *, heartbeat_seconds: float) -> dict[str, 
         return {}
     devices = [worker.device_bytes for worker in workers if worker.device_bytes is not None]
     largest = max(devices) if len(devices) == len(workers) else None
-    fits = true() if largest is None else or_(Job.needs_bytes.is_(None), Job.needs_bytes <= largest)
+    too_large = false() if largest is None else Job.needs_bytes > largest
     rows = session.execute(
         select(Job.id, Job.needs_bytes, Job.waiting_for)
-        .where(Job.status == QUEUED)
-        .where(or_(and_(Job.waiting_for.is_not(None), fits), and_(Job.waiting_for.is_(None), ~fits)))
+        .where(Job.status == QUEUED, or_(Job.waiting_for.is_not(None), too_large))
+        .order_by(Job.waiting_for.is_not(None), Job.created_at)
         .limit(1000)
     )
-    return {
-        row.id: too_large_for(row.needs_bytes, largest) if row.waiting_for is None and largest is not None else None
-        for row in rows
-    }
+    changes: dict[str, str | None] = {}
+    for row in rows:
+        fits = largest is None or row.needs_bytes is None or row.needs_bytes <= largest
+        sentence = None if fits or largest is None else too_large_for(row.needs_bytes, largest)
+        if sentence != row.waiting_for:
+            changes[row.id] = sentence
+    return changes
 
 
 class Forecast:
-    """The last forecast of one API process, made anew when somebody asks and it is no longer fresh.
+    """The last forecast of one API process, made anew in the background when somebody has asked and it is old.
 
     So a thousand clients that follow their queued jobs cost as much as one, and no poll more than it did.
     """
@@ -392,24 +436,35 @@ class Forecast:
     FRESH_SECONDS = 5.0
     # For a job that came into the queue since.
     FRESH_FOR_NEW_SECONDS = 0.5
+    # And it rests so many times as long as it took: with 10,000 queued it takes a quarter of a second, which holds up
+    # the process's other answers, and one in a hundred of them must not meet it.
+    RESTS = 200
 
-    def __init__(self, database: Database, *, heartbeat_seconds: float) -> None:
-        self._db, self._heartbeat = database, heartbeat_seconds
+    def __init__(self, database: Database, *, heartbeat_seconds: float, wake: Callable[[], None]) -> None:
+        """`wake` is called when `make` should be, from the thread of whoever asked."""
+        self._db, self._heartbeat, self._wake = database, heartbeat_seconds, wake
         self._places: dict[str, Place] = {}
         self._made = -math.inf
-        self._making = threading.Lock()
+        self._took = 0.0
+        self._asked = False
 
-    def of(self, job: Job) -> Place | None:
+    def of(self, job_id: str, status: str) -> Place | None:
         """Where the job stands. None: it is not queued, or was queued just now."""
-        if job.status != JobStatus.QUEUED:
+        if status != JobStatus.QUEUED:
             return None
-        fresh = self.FRESH_SECONDS if job.id in self._places else self.FRESH_FOR_NEW_SECONDS
-        # Whoever finds it being made takes the last one.
-        if time.monotonic() - self._made > fresh and self._making.acquire(blocking=False):
-            try:
-                with self._db.read() as session:
-                    self._places = forecast(session, heartbeat_seconds=self._heartbeat)
-                self._made = time.monotonic()
-            finally:
-                self._making.release()
-        return self._places.get(job.id)
+        place = self._places.get(job_id)
+        fresh = self.FRESH_SECONDS if place is not None else self.FRESH_FOR_NEW_SECONDS
+        if not self._asked and time.monotonic() - self._made > max(fresh, self.RESTS * self._took):
+            self._asked = True
+            self._wake()
+        return place
+
+    def make(self) -> None:
+        """Look at the queue, if somebody has asked since the last time."""
+        if not self._asked:
+            return
+        began = time.thread_time()
+        with self._db.read() as session:
+            self._places = forecast(session, heartbeat_seconds=self._heartbeat)
+        self._took = time.thread_time() - began
+        self._made, self._asked = time.monotonic(), False

@@ -11,7 +11,11 @@ ALPHABET = string.ascii_letters + string.digits
 
 def new_id(prefix: str, length: int = 24) -> str:
     """`prefix` followed by `length` random letters and digits (24 of them carry 142 bits)."""
-    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(length))
+    number, letters = secrets.randbelow(len(ALPHABET) ** length), []
+    for _ in range(length):
+        number, letter = divmod(number, len(ALPHABET))
+        letters.append(ALPHABET[letter])
+    return prefix + "".join(letters)
 
 
 def new_api_key() -> str:

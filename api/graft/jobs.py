@@ -7,7 +7,9 @@ r"""The life of a fine-tuning job. The only writer of `Job.status`.
 
 What the caller wants of a live job stands in `desired`. A queued job that is to pause is paused at once; a running one
 when its worker has saved a checkpoint and let go, and until then it is shown as OpenAI's `pausing`. Every way back
-into the queue ends in `paused` instead if that is desired; a job that ends first has ended. Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it
+into the queue ends in `paused` instead if that is desired; a job that ends first has ended.
+
+Every change is one compare-and-set (`UPDATE ... WHERE status IN (...) AND attempt = ?`), and the event that tells of it
 is written in the same transaction. `attempt` is the fence: it grows when a worker claims the job and when the right to
 run is taken away, so a worker that was frozen and wakes up late can change nothing. Functions take the session they
 work in; the caller owns the transaction.
@@ -18,15 +20,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Table, Update, and_, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from graft import adapters, fair_queue, files
+from graft import adapters, fair_queue, files, tenancy
 from graft.adapters import AdapterContent
 from graft.db import changed, has_entry, now
-from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotFound
+from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotAuthenticated, NotFound
 from graft.ids import new_id
 from graft.models import (
     LIVE,
@@ -51,6 +53,8 @@ log = logging.getLogger(__name__)
 
 # How long a repeated request without a key still finds the job it made: longer than any SDK goes on retrying.
 RETRY_WINDOW_SECONDS = 15 * 60
+# After the first loss a job waits so long, after each further one twice as long as before, up to the second.
+BACK_OFF_SECONDS = 1.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,9 @@ def create(
     """
     for param in ("training_file", "validation_file"):
         _require_dataset(session, caller.project_id, getattr(body, param), param)
+    job_id = new_id("ftjob-")
     job = Job(
-        id=new_id("ftjob-"),
+        id=job_id,
         project_id=caller.project_id,
         model=body.model,
         base_model=base_model,
@@ -141,13 +146,15 @@ def create(
         priority=body.priority,
         max_runtime_seconds=body.max_runtime_seconds,
         created_at=now(),
+        last_event=len(told := [Event(f"Created fine-tuning job: {job_id}"), Event("Validating the files")]),
     )
     session.add(job)
     session.flush()
     session.add(
-        JobRequest(job_id=job.id, project_id=caller.project_id, key=key, body_sha256=body_sha256, created_at=now())
+        JobRequest(job_id=job_id, project_id=caller.project_id, key=key, body_sha256=body_sha256, created_at=now())
     )
-    _tell(session, job.id, [Event(f"Created fine-tuning job: {job.id}"), Event("Validating the files")])
+    session.flush()
+    _write_events(session, job_id, 1, told)
     session.refresh(job)
     return job
 
@@ -176,11 +183,42 @@ def _require_dataset(session: Session, project_id: str, file_id: str | None, par
 
 def get(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
     """One job of the project; with `lock`, nobody else changes it until the transaction ends. Raises NotFound."""
-    query = select(Job).where(Job.id == job_id, Job.project_id == project_id)
-    job = session.scalar(query.with_for_update(of=Job) if lock else query)
+    job = session.scalar(_GET_LOCKED if lock else _GET, {"job_id": job_id, "project_id": project_id})
     if job is None:
-        raise NotFound(f"No such fine-tuning job: '{job_id[:64]}'.", code="job_not_found", param="id")
+        raise _not_found(job_id)
     return job
+
+
+# Asked most of all, so made once.
+_GET = select(Job).where(Job.id == bindparam("job_id"), Job.project_id == bindparam("project_id"))
+_GET_LOCKED = _GET.with_for_update(of=Job)
+
+
+def _not_found(job_id: str) -> NotFound:
+    return NotFound(f"No such fine-tuning job: '{job_id[:64]}'.", code="job_not_found", param="id")
+
+
+def version(session: Session, authorization: str | None, job_id: str) -> tuple[Caller, int, str]:
+    """The caller behind an Authorization header, and revision and status of a job: what a poll that finds nothing new
+    needs, in one statement.
+
+    Raises:
+        NotAuthenticated: as `tenancy.authenticate`.
+        NotFound: no such job.
+    """
+    asked = {"key_hash": tenancy.hash_of(authorization), "job_id": job_id}
+    row = session.connection().execute(_VERSION, asked).one_or_none()
+    if row is None:
+        raise NotAuthenticated
+    if row.rev is None:
+        raise _not_found(job_id)
+    return Caller(row.id, row.organization_id), row.rev, row.status
+
+
+_table = cast(Table, Job.__table__)
+_VERSION = tenancy.CALLER.add_columns(_table.c.rev, _table.c.status).outerjoin(
+    _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
+)
 
 
 def list_page(
@@ -232,9 +270,16 @@ def waiting_for_validation(session: Session) -> list[str]:
     )
 
 
-def has_silent(session: Session) -> bool:
-    """Whether `reap` has anything to do: asked often, and cheaper than taking the write lock to find nothing."""
-    return session.scalar(select(Job.id).where(*_overdue()).limit(1)) is not None
+def until_overdue(session: Session) -> float | None:
+    """Seconds until `reap` has something to do (0 or less: it has); None if no job runs.
+
+    Asked often, and cheaper than taking the write lock to find nothing.
+    """
+    silent = func.coalesce(Job.lease_until, 0.0) - now()
+    late = func.coalesce(Job.max_runtime_seconds - _used(), silent)
+    soonest = case((late < silent, late), else_=silent)
+    seconds: float | None = session.scalar(select(func.min(soonest)).where(Job.status == JobStatus.RUNNING))
+    return seconds
 
 
 # -- transitions by the API ---------------------------------------------------------------------------------------
@@ -299,32 +344,41 @@ def reject(
     return True
 
 
-def cancel(session: Session, project_id: str, job_id: str) -> Job:
+def cancel(session: Session, project_id: str, job_id: str, *, is_retry: bool = False) -> Job:
     """Any live status -> cancelled, at once; the growing attempt shuts out the worker that may still be running it.
+
+    With `is_retry` the answer to the same request may have been lost: what it has done already is no conflict.
 
     Raises:
         NotFound: no such job.
         Conflict: the job has already ended.
     """
-    job = _get_live(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
+    if is_retry and job.status == JobStatus.CANCELLED:
+        return job
+    _require_live(job)
     end: dict[str, Any] = {"attempt": Job.attempt + 1, "finished_at": now(), "waiting_for": None}
     if job.status == JobStatus.RUNNING:
         _leave(session, job.id, JobStatus.CANCELLED, fence=job.attempt, **end)
     else:
         _move(session, job.id, (JobStatus(job.status),), JobStatus.CANCELLED, **end)
+    _give_up_states(session, job.id)
     _tell(session, job.id, [Event("Fine-tuning job cancelled", level="warn")])
     session.refresh(job)
     return job
 
 
-def pause(session: Session, project_id: str, job_id: str) -> Job:
+def pause(session: Session, project_id: str, job_id: str, *, is_retry: bool = False) -> Job:
     """queued -> paused. A running job is paused by its worker, after a checkpoint; one in validation, after that.
 
     Raises:
         NotFound: no such job.
-        Conflict: the job has ended, is paused, or is about to be.
+        Conflict: the job has ended, is paused, or is about to be (unless `is_retry`, as in `cancel`).
     """
-    job = _get_live(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
+    _require_live(job)
+    if is_retry and job.desired == Desired.PAUSE:
+        return job
     if job.desired == Desired.PAUSE:
         state = "paused already" if job.status == JobStatus.PAUSED else "about to be paused"
         raise Conflict(f"The job {job.id} is {state}.", code="job_paused", param="id")
@@ -339,14 +393,17 @@ def pause(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def resume(session: Session, project_id: str, job_id: str) -> Job:
+def resume(session: Session, project_id: str, job_id: str, *, is_retry: bool = False) -> Job:
     """paused -> queued, with its place by age. A pause that is still on its way is taken back.
 
     Raises:
         NotFound: no such job.
-        Conflict: the job has ended, or was not paused.
+        Conflict: the job has ended, or was not paused (unless `is_retry`, as in `cancel`).
     """
-    job = _get_live(session, project_id, job_id)
+    job = get(session, project_id, job_id, lock=True)
+    _require_live(job)
+    if is_retry and job.desired == Desired.RUN:
+        return job
     if job.desired == Desired.RUN:
         raise Conflict(f"The job {job.id} is not paused: it is {job.status}.", code="job_not_paused", param="id")
     if job.status == JobStatus.PAUSED:
@@ -366,11 +423,20 @@ def reap(session: Session, *, max_recoveries: int) -> list[str]:
 
     running -> queued or paused, or -> failed with `worker_lost` or `deadline_exceeded`; returns their ids.
     """
-    query = select(Job).where(*_overdue()).order_by(Job.id).with_for_update(skip_locked=True)
+    late = func.coalesce(_used() > Job.max_runtime_seconds, False)
+    silent = func.coalesce(Job.lease_until, 0.0) < now()
+    query = (
+        select(Job, late)
+        .where(Job.status == JobStatus.RUNNING, or_(silent, late))
+        # By project: two that reap at once charge the projects in one order, and so never wait for each other.
+        .order_by(Job.project_id, Job.id)
+        .with_for_update(skip_locked=True, of=Job)
+        .execution_options(populate_existing=True)
+    )
     return [
         job.id
-        for job in session.scalars(query.execution_options(populate_existing=True)).all()
-        if _end_of_time(session, job) or _recover(session, job, "its worker went silent", max_recoveries)
+        for job, is_late in session.execute(query).all()
+        if (_end_of_time(session, job) if is_late else _recover(session, job, "its worker went silent", max_recoveries))
     ]
 
 
@@ -382,10 +448,13 @@ def spare(session: Session, *, lease_seconds: float) -> int:
 
 def tell_waiting(session: Session, changes: Mapping[str, str | None]) -> None:
     """Write down which queued jobs no worker can take, and tell it once (`fair_queue.waiting_changes` finds them)."""
-    for job_id, sentence in changes.items():
-        moved = _move(session, job_id, (JobStatus.QUEUED,), JobStatus.QUEUED, waiting_for=sentence)
-        if moved and sentence is not None:
+    for job_id, sentence in sorted(changes.items()):  # in one order, so that two processes never wait for each other
+        queued = update(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED)
+        values = {"waiting_for": sentence, "rev": Job.rev + 1}
+        if sentence is not None and changed(session, queued.where(Job.waiting_for.is_(None)).values(values)) == 1:
             _tell(session, job_id, [Event(sentence, level="warn")])
+        else:  # it can run again, or the sentence names another worker now: nothing to tell again
+            changed(session, queued.where(Job.waiting_for.is_not(None)).values(values))
 
 
 # -- transitions by a worker --------------------------------------------------------------------------------------
@@ -471,6 +540,8 @@ def beat(
         run is gone, stop at once.
     """
     values = dict(progress or {}, lease_until=now() + lease_seconds)
+    if progress:
+        values["rev"] = Job.rev + 1
     if "step" in values:
         values["progress_at"] = now()
     desired = session.execute(_fenced(held).values(**values).returning(Job.desired)).scalar()
@@ -496,9 +567,14 @@ def add_checkpoint(
     """
     if changed(session, _fenced(held).values(attempt=held.attempt)) != 1:
         return False
-    known = select(Checkpoint.id).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step)
-    if session.scalar(known) is not None:
-        return True  # an earlier attempt came this far; the same recipe makes the same state
+    known = session.scalar(select(Checkpoint).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step))
+    if known is not None:
+        # An earlier attempt came this far, and the adapter it made stays. Its state may be why this one had to come
+        # here again: it could not be read.
+        known.state_sha256 = state.sha256
+        session.flush()
+        _give_up_old_states(session, held.job_id, keep)
+        return True
     changed(session, _fenced(held).values(recoveries=0))  # real progress: the count of losses starts again
     name = f"{held.model_name}:ckpt-step-{step}"
     adapters.create(session, held.project_id, held.job_id, name, held.recipe.base_model, step, content, is_final=False)
@@ -563,8 +639,7 @@ def succeed(
     )
     result_file = files.create(session, held.project_id, results, filename="step_metrics.csv", purpose=files.RESULTS)
     session.execute(update(Job).where(Job.id == held.job_id).values(adapter_id=adapter.id, result_file=result_file.id))
-    for checkpoint in latest_states(session, held.job_id):
-        checkpoint.state_sha256 = None  # nothing will be resumed any more
+    _give_up_states(session, held.job_id)
     _tell(
         session,
         held.job_id,
@@ -582,6 +657,7 @@ def fail(session: Session, held: Claim, *, code: str, message: str, param: str |
     failure = _failure(code, message, param)
     if not _leave(session, held.job_id, JobStatus.FAILED, fence=held.attempt, finished_at=now(), **failure):
         return False
+    _give_up_states(session, held.job_id)
     _tell(session, held.job_id, [_failed(code, message, param)])
     return True
 
@@ -623,11 +699,9 @@ def recover(session: Session, held: Claim, cause: str, *, max_recoveries: int) -
 PAUSED = Event("Fine-tuning job paused")
 
 
-def _get_live(session: Session, project_id: str, job_id: str) -> Job:
-    job = get(session, project_id, job_id, lock=True)
+def _require_live(job: Job) -> None:
     if job.status not in LIVE:
         raise Conflict(f"The job {job.id} has already ended: it is {job.status}.", code="job_terminal", param="id")
-    return job
 
 
 def _fenced(held: Claim) -> Update:
@@ -640,9 +714,17 @@ def _waiting() -> ColumnElement[str]:
     return case((Job.desired == Desired.PAUSE, JobStatus.PAUSED.value), else_=JobStatus.QUEUED.value)
 
 
-def _overdue() -> list[ColumnElement[bool]]:
-    used = Job.gpu_seconds + now() - func.coalesce(Job.held_since, now())
-    return [Job.status == JobStatus.RUNNING, or_(Job.lease_until < now(), used > Job.max_runtime_seconds)]
+def _held_until() -> ColumnElement[float]:
+    """When the running attempt ends if it ends now. The lease bounds it: a worker that is silent after its end may have
+    been dead for long. So does its beginning: the database's clock may have been set back."""
+    began = func.coalesce(Job.held_since, now())
+    ends = case((Job.lease_until < now(), Job.lease_until), else_=now())
+    return case((ends < began, began), else_=ends)
+
+
+def _used() -> ColumnElement[float]:
+    """GPU-seconds of all attempts, the running one included."""
+    return Job.gpu_seconds + _held_until() - func.coalesce(Job.held_since, now())
 
 
 def _move(
@@ -658,20 +740,18 @@ def _move(
     where = [Job.id == job_id, Job.status.in_(origin)]
     if fence is not None:
         where.append(Job.attempt == fence)
-    status = session.execute(update(Job).where(*where).values(status=to, **values).returning(Job.status)).scalar()
+    moved = update(Job).where(*where).values(status=to, rev=Job.rev + 1, **values)
+    status = session.execute(moved.returning(Job.status)).scalar()
     return None if status is None else JobStatus(status)
 
 
 def _leave(
     session: Session, job_id: str, to: JobStatus | ColumnElement[str], *, fence: int, **values: Any
 ) -> JobStatus | None:
-    """running -> any other status: the attempt ends, and its GPU-seconds are counted. The lease bounds them: a worker
-    that is silent after its end may have been dead for long."""
-    began = func.coalesce(Job.held_since, now())
-    ended = case((Job.lease_until < began, began), (Job.lease_until < now(), Job.lease_until), else_=now())
+    """running -> any other status: the attempt ends, and its GPU-seconds are counted."""
     where = and_(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == fence)
     values.update(
-        lease_until=None, estimated_finish=None, held_until=ended, gpu_seconds=Job.gpu_seconds + ended - began
+        lease_until=None, estimated_finish=None, held_until=_held_until(), gpu_seconds=_used(), rev=Job.rev + 1
     )
     row = session.execute(
         update(Job)
@@ -699,6 +779,7 @@ def _recover(session: Session, job: Job, cause: str, max_recoveries: int) -> boo
     if job.recoveries >= max_recoveries and job.desired == Desired.RUN:
         message = f"The job lost its worker {job.recoveries + 1} times without reaching a new checkpoint ({cause})."
         return _end(session, job, "worker_lost", message)
+    first, most = BACK_OFF_SECONDS
     status = _leave(
         session,
         job.id,
@@ -706,7 +787,7 @@ def _recover(session: Session, job: Job, cause: str, max_recoveries: int) -> boo
         fence=job.attempt,
         attempt=job.attempt + 1,
         recoveries=job.recoveries + 1,
-        not_before=now() + 2.0**job.recoveries,
+        not_before=now() + min(first * 2.0 ** min(job.recoveries, 30), most),
     )
     if status is None:
         return False
@@ -718,14 +799,7 @@ def _recover(session: Session, job: Job, cause: str, max_recoveries: int) -> boo
 
 
 def _end_of_time(session: Session, job: Job) -> bool:
-    """Of a job that is locked: running -> failed if it has run for longer than its caller allows."""
-    if job.max_runtime_seconds is None:
-        return False
-    used = session.scalar(
-        select(Job.gpu_seconds + now() - func.coalesce(Job.held_since, now())).where(Job.id == job.id)
-    )
-    if used is None or used <= job.max_runtime_seconds:
-        return False
+    """Of a job that is locked: running -> failed, because it has run for longer than its caller allows."""
     message = f"The job has run for longer than its max_runtime_seconds of {job.max_runtime_seconds:g}."
     return _end(session, job, "deadline_exceeded", message)
 
@@ -737,8 +811,15 @@ def _end(session: Session, job: Job, code: str, message: str) -> bool:
         session, job.id, JobStatus.FAILED, fence=job.attempt, attempt=job.attempt + 1, finished_at=now(), **failure
     ):
         return False
+    _give_up_states(session, job.id)
     _tell(session, job.id, [_failed(code, message, None)])
     return True
+
+
+def _give_up_states(session: Session, job_id: str) -> None:
+    """Of a job that has ended: nothing will be resumed any more."""
+    kept = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.state_sha256.is_not(None))
+    session.execute(kept.values(state_sha256=None))
 
 
 def _give_up_old_states(session: Session, job_id: str, keep: int) -> None:
@@ -765,23 +846,27 @@ def _tell(session: Session, job_id: str, events: Sequence[Event]) -> None:
     last = session.execute(
         update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events)).returning(Job.last_event)
     ).scalar_one()
-    first = last - len(events) + 1
-    for seq, event in enumerate(events, start=first):
-        session.add(
-            JobEvent(
-                job_id=job_id,
-                seq=seq,
-                id=new_id("ftevent-"),
-                created_at=now(),
-                level=event.level,
-                type=event.type,
-                message=event.message,
-                data=None if event.data is None else dict(event.data),
-            )
-        )
+    _write_events(session, job_id, last - len(events) + 1, events)
+
+
+def _write_events(session: Session, job_id: str, first: int, events: Sequence[Event]) -> None:
+    rows = [
+        {
+            "job_id": job_id,
+            "seq": seq,
+            "id": new_id("ftevent-"),
+            "level": event.level,
+            "type": event.type,
+            "message": event.message,
+            "data": None if event.data is None else dict(event.data),
+        }
+        for seq, event in enumerate(events, start=first)
+    ]
+    # Of the table, not of the class: all in one statement, although the clock is the database's.
+    session.execute(insert(cast(Table, JobEvent.__table__)).values(created_at=now()), rows)
+    for event in events:
         if event.type == "message":
             log.log(_LEVELS[event.level], "%s", event.message, extra={"job": job_id})
-    session.flush()
 
 
 _LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}

@@ -161,7 +161,7 @@ class Job(Base):
     is refused. `recipe` is null until the files have been validated.
 
     `held_since` and `held_until` are the bounds of the last attempt, `gpu_seconds` the sum over all that have ended.
-    `waiting_for`: why no worker can take the queued job, or null.
+    `waiting_for`: why no worker can take the queued job, or null. `rev` grows with every change that callers can see.
     """
 
     __tablename__ = "fine_tuning_jobs"
@@ -209,6 +209,7 @@ class Job(Base):
     total_steps: Mapped[int | None] = mapped_column(Integer)
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     last_event: Mapped[int] = mapped_column(Integer, default=0)
+    rev: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
 
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None] = mapped_column(Text)

@@ -281,6 +281,15 @@ class JobObject(BaseModel):
     progress: Progress
     attempt: int
     recipe: dict[str, Any] | None
+    priority: int
+    max_runtime_seconds: float | None
+    queue_position: int | None
+    predicted_start: int | None
+    waiting_for: str | None
+    audit: dict[str, Any] | None
+    estimate: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    measured: dict[str, Any] | None
 
 
 class JobEventObject(BaseModel):
@@ -329,6 +338,25 @@ class ModelObject(BaseModel):
     base_model: str | None
     context_length: int | None
     adapter_id: str | None
+
+
+class WorkerObject(BaseModel):
+    """Graft's own: what a worker has, for whoever wonders where jobs run. It names no job and no project.
+
+    `device_bytes`: memory that a job may use there; null takes any job. `base_model` is loaded already: a job on it
+    starts sooner.
+    """
+
+    id: str
+    object: Literal["worker"] = "worker"
+    device: str
+    device_bytes: int | None
+    base_model: str | None
+    is_alive: bool
+    is_busy: bool
+    version: str
+    started_at: int
+    seen_at: int
 
 
 class AdapterFileObject(BaseModel):

@@ -47,6 +47,7 @@ def job_columns() -> list[sa.Column[Any]]:
         sa.Column("plan", JSON, nullable=True),
         sa.Column("measured", JSON, nullable=True),
         sa.Column("progress_at", sa.Double(), nullable=True),
+        sa.Column("rev", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
     ]
 
 
@@ -84,7 +85,7 @@ def downgrade() -> None:
     op.drop_index("ix_fine_tuning_jobs_queue", "fine_tuning_jobs")
     # The code before this one does not know a paused job, and would never run it again.
     op.execute("update fine_tuning_jobs set status = 'queued' where status = 'paused'")
+    # Not as a batch, which on SQLite would make the table anew: other tables' rows point to its rows.
     for table, columns in (("fine_tuning_jobs", job_columns()), ("projects", project_columns())):
-        with op.batch_alter_table(table) as batch_op:
-            for column in reversed(columns):
-                batch_op.drop_column(column.name)
+        for column in reversed(columns):
+            op.drop_column(table, column.name)

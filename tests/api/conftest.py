@@ -27,10 +27,13 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database_url: str, migrated_file: Path) -> Iterator[Database]:
     """A database on SQLite and on PostgreSQL: a test that takes it runs on both."""
     opened = Database(database_url)
-    opened.migrate()
+    if opened.is_sqlite:
+        shutil.copy(migrated_file, str(opened.url.database))
+    else:
+        opened.migrate()
     with opened.write() as session:
         tenancy.ensure_defaults(session, None)
     yield opened

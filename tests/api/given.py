@@ -12,13 +12,14 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from openai import OpenAI
+from sqlalchemy import select, update
 
-from graft import files, jobs, tenancy
+from graft import files, jobs, tenancy, workers
 from graft.adapters import AdapterContent
 from graft.app import create_app
 from graft.db import Database, now
 from graft.jobs import Claim
-from graft.models import File, Organization, Project
+from graft.models import File, Job, JobEvent, JobRequest, Organization, Project, Worker
 from graft.recipe import Recipe
 from graft.schemas import JobCreate
 from graft.settings import Settings
@@ -101,6 +102,7 @@ class Service:
     def turn(self) -> None:
         self.app.state.service.housekeeping.validate()
         self.app.state.service.housekeeping.turn()
+        self.app.state.service.forecast.make()
 
     def second_project(self) -> tuple[Caller, str]:
         """Another organisation with a project and a key."""
@@ -134,18 +136,97 @@ def new_job(database: Database, caller: Caller = CALLER, **body: Any) -> str:
         return jobs.create(session, caller, request, base_model="tiny", key=None, body_sha256="0" * 64).id
 
 
-def queued_job(database: Database, caller: Caller = CALLER, **body: Any) -> str:
+def queued_job(
+    database: Database, caller: Caller = CALLER, *, seconds: float | None = None, needs: int | None = None, **body: Any
+) -> str:
+    """A job in `queued`; `seconds` is its estimate, `needs` the device memory that it cannot do without."""
     job_id = new_job(database, caller, **body)
+    estimate = None if seconds is None else {"seconds": seconds}
     with database.write() as session:
-        assert jobs.queue(session, job_id, Recipe(base_model="tiny"), [])
+        assert jobs.queue(session, job_id, Recipe(base_model="tiny"), [], estimate=estimate, needs_bytes=needs)
     return job_id
 
 
-def claim(database: Database, job_id: str | None = None, *, worker: str = "w", lease: float = 60.0) -> Claim:
+def project(database: Database, name: str, *, weight: float = 1.0, max_running_jobs: int | None = None) -> Caller:
+    """Another project of the default organisation, without a key."""
     with database.write() as session:
-        held = jobs.claim(session, worker, lease_seconds=lease, job_id=job_id)
+        session.add(
+            Project(
+                id=f"proj_{name}",
+                organization_id=CALLER.organization_id,
+                name=name,
+                created_at=now(),
+                weight=weight,
+                max_running_jobs=max_running_jobs,
+            )
+        )
+    return Caller(f"proj_{name}", CALLER.organization_id)
+
+
+def time_passes(database: Database, seconds: float) -> None:
+    """As if the database's clock had gone on by so much: every time in it moves into the past instead."""
+    columns = {
+        Job: ("created_at", "started_at", "finished_at", "lease_until", "not_before", "held_since", "held_until"),
+        Project: ("usage_at",),
+        Worker: ("started_at", "seen_at"),
+        JobRequest: ("created_at",),
+    }
+    with database.write() as session:
+        for table, names in columns.items():
+            session.execute(update(table).values({name: getattr(table, name) - seconds for name in names}))
+
+
+def try_claim(database: Database, job_id: str | None = None, *, worker: str = "w", **wanted: Any) -> Claim | None:
+    with database.write() as session:
+        return jobs.claim(session, worker, lease_seconds=wanted.pop("lease", 60.0), job_id=job_id, **wanted)
+
+
+def claim(database: Database, job_id: str | None = None, *, worker: str = "w", **wanted: Any) -> Claim:
+    held = try_claim(database, job_id, worker=worker, **wanted)
     assert held is not None
     return held
+
+
+def reap(database: Database, max_recoveries: int = 3) -> list[str]:
+    with database.write() as session:
+        return jobs.reap(session, max_recoveries=max_recoveries)
+
+
+def release(database: Database, held: Claim) -> bool:
+    with database.write() as session:
+        return jobs.release(session, held, "The worker stopped")
+
+
+def pause(database: Database, job_id: str, project_id: str = CALLER.project_id) -> Job:
+    with database.write() as session:
+        return jobs.pause(session, project_id, job_id)
+
+
+def resume(database: Database, job_id: str, project_id: str = CALLER.project_id) -> Job:
+    with database.write() as session:
+        return jobs.resume(session, project_id, job_id)
+
+
+def cancel(database: Database, job_id: str, project_id: str = CALLER.project_id) -> Job:
+    with database.write() as session:
+        return jobs.cancel(session, project_id, job_id)
+
+
+def worker(database: Database, name: str = "w", device_bytes: int | None = None, base_model: str | None = None) -> None:
+    """A worker in the registry, alive now."""
+    with database.write() as session:
+        workers.register(session, name, device="NVIDIA H100", device_bytes=device_bytes)
+        assert workers.see(session, name, base_model=base_model, job_id=None)
+
+
+def look(database: Database, job_id: str) -> Job:
+    with database.read() as session:
+        return session.get_one(Job, job_id)
+
+
+def story(database: Database, job_id: str) -> list[JobEvent]:
+    with database.read() as session:
+        return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
 
 
 def running_job(database: Database, caller: Caller = CALLER, *, lease: float = 60.0, **body: Any) -> Claim:

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from graft.db import Database
+
 from . import given
 
 GRAFT = [sys.executable, "-m", "graft.cli"]
@@ -123,6 +125,34 @@ def test_a_service_starts_makes_a_key_answers_and_stops(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_projects_are_listed_and_given_their_shares(tmp_path: Path) -> None:
+    here = {"GRAFT_DATA_DIR": str(tmp_path)}
+    assert graft("migrate", **here).returncode == 0
+    listed = graft("projects", "list", **here).stdout
+    assert listed.startswith("proj_default  weight 1  0 running (no limit)  0 queued  0.0 GPU-hours")
+    assert listed.endswith("default\n")
+    set_to = ("projects", "limits", "proj_default", "--weight", "2.5", "--max-running-jobs", "4")
+    assert graft(*set_to, **here).returncode == 0
+    assert "weight 2.5  0 running (at most 4)" in graft("projects", "list", **here).stdout
+    assert "weight must be above 0" in complaint(graft(*set_to[:3], "--weight", "0", **here))
+    assert "There is no project 'proj_x'" in complaint(graft("projects", "limits", "proj_x", "--weight", "1", **here))
+    assert "Say which project and what to set" in complaint(graft("projects", "limits", "proj_default", **here))
+
+
+def test_workers_are_listed(tmp_path: Path) -> None:
+    here = {"GRAFT_DATA_DIR": str(tmp_path)}
+    assert graft("migrate", **here).returncode == 0
+    assert graft("workers", **here).stdout == ""
+    database = Database(f"sqlite:///{tmp_path / 'graft.db'}")
+    given.worker(database, "gone", 24 * 2**30)
+    given.time_passes(database, 100)
+    given.worker(database, "host-7", base_model="tiny")
+    database.dispose()
+    gone, here_now = graft("workers", **here).stdout.splitlines()
+    assert gone.startswith("gone  NVIDIA H100, 24.0 GiB  gone  -  ")
+    assert here_now.startswith("host-7  NVIDIA H100, any memory  idle  tiny  ")
 
 
 def test_the_light_half_loads_nothing_heavy() -> None:

@@ -5,28 +5,23 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from graft import adapters, files, jobs
 from graft.db import Database, now
 from graft.errors import Conflict
 from graft.jobs import Claim, Event
-from graft.models import Adapter, Checkpoint, Job, JobEvent, JobStatus, Outbox
+from graft.models import Adapter, Checkpoint, Desired, Job, JobStatus, Outbox
+from graft.recipe import Recipe
 
+from ..services import PostgresServer
 from . import given
-from .given import CALLER
-
-
-def look(database: Database, job_id: str) -> Job:
-    with database.read() as session:
-        return session.get_one(Job, job_id)
-
-
-def story(database: Database, job_id: str) -> list[JobEvent]:
-    with database.read() as session:
-        return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)))
+from .given import CALLER, look, story
 
 
 def lose_worker(database: Database, job_id: str) -> None:
@@ -80,9 +75,9 @@ def test_a_claim_holds_everything_the_worker_needs(database: Database) -> None:
     assert 55 < job.lease_until - job.started_at <= 61
 
 
-def every_write(database: Database, held: Claim) -> dict[str, bool]:
-    """What a worker can try to write, and whether it was let."""
-    done = {}
+def every_write(database: Database, held: Claim) -> dict[str, object]:
+    """What a worker can try to write, and what it was answered."""
+    done: dict[str, object] = {}
     with database.write() as session:
         done["beat"] = jobs.beat(session, held, lease_seconds=60, events=[Event("late")], progress={"step": 99})
     done["add_checkpoint"] = given.add_checkpoint(database, held, 99)
@@ -90,11 +85,12 @@ def every_write(database: Database, held: Claim) -> dict[str, bool]:
     with database.write() as session:
         done["fail"] = jobs.fail(session, held, code="late", message="late", param=None)
         done["release"] = jobs.release(session, held, "late")
+        done["shrink"] = jobs.shrink(session, held, "late", most=2)
         done["recover"] = jobs.recover(session, held, "late", max_recoveries=3)
     return done
 
 
-REFUSED = dict.fromkeys(("beat", "add_checkpoint", "succeed", "fail", "release", "recover"), False)
+REFUSED = {"beat": None, **dict.fromkeys(("add_checkpoint", "succeed", "fail", "release", "shrink", "recover"), False)}
 
 
 def test_an_old_attempt_can_write_nothing(database: Database) -> None:
@@ -158,7 +154,7 @@ def test_a_beat_extends_the_lease_and_tells_what_happened(database: Database) ->
     with database.write() as session:
         metrics = Event("Step 5/9: loss=0.5", type="metrics", data={"step": 5, "train_loss": 0.5})
         progress = {"step": 5, "total_steps": 9, "trained_tokens": 100, "estimated_finish": 2e9}
-        assert jobs.beat(session, held, lease_seconds=60, events=[metrics], progress=progress)
+        assert jobs.beat(session, held, lease_seconds=60, events=[metrics], progress=progress) is Desired.RUN
     job = look(database, held.job_id)
     assert before.lease_until is not None
     assert job.lease_until is not None
@@ -171,12 +167,16 @@ def test_a_beat_extends_the_lease_and_tells_what_happened(database: Database) ->
 def test_a_job_is_taken_back_only_when_its_lease_is_over(database: Database) -> None:
     held = given.running_job(database)
     with database.read() as session:
-        assert not jobs.has_silent(session)
+        seconds = jobs.until_overdue(session)
+        assert seconds is not None
+        assert 55 < seconds <= 60
     with database.write() as session:
         assert jobs.reap(session, max_recoveries=3) == []
     lose_worker(database, held.job_id)
     with database.read() as session:
-        assert jobs.has_silent(session)
+        seconds = jobs.until_overdue(session)
+        assert seconds is not None
+        assert seconds < 0
     with database.write() as session:
         assert jobs.reap(session, max_recoveries=3) == [held.job_id]
     job = look(database, held.job_id)
@@ -363,3 +363,251 @@ def test_every_way_into_the_queue_leaves_a_nudge(database: Database) -> None:
     with database.write() as session:
         jobs.reap(session, max_recoveries=3)
     assert nudges() == 3
+
+
+# -- time ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_runs_for_longer_than_its_caller_allows_is_ended(database: Database) -> None:
+    held = given.running_job(database, max_runtime_seconds=100.0)
+    given.time_passes(database, 90)
+    with database.write() as session:
+        assert jobs.beat(session, held, lease_seconds=60) is Desired.RUN
+        assert jobs.until_overdue(session) == pytest.approx(10, abs=2)
+    assert given.reap(database) == []
+    given.time_passes(database, 11)
+    assert given.reap(database) == [held.job_id]
+    job = look(database, held.job_id)
+    assert (job.status, job.error_code, job.attempt) == ("failed", "deadline_exceeded", held.attempt + 1)
+    assert "max_runtime_seconds of 100" in str(job.error_message)
+    assert every_write(database, held) == REFUSED
+
+
+def test_the_time_a_job_may_run_counts_all_attempts_and_no_waiting(database: Database) -> None:
+    held = given.running_job(database, max_runtime_seconds=100.0)
+    given.time_passes(database, 55)
+    assert given.release(database, held)
+    given.time_passes(database, 10_000)
+    held = given.claim(database)
+    given.time_passes(database, 40)
+    assert given.reap(database) == []
+    given.time_passes(database, 8)
+    assert given.reap(database) == [held.job_id]
+    assert look(database, held.job_id).error_code == "deadline_exceeded"
+
+
+def test_a_dead_worker_is_not_taken_for_a_long_run(database: Database) -> None:
+    """Nobody looked for an hour; the job ran for no longer than its lease, and may go on."""
+    held = given.running_job(database, max_runtime_seconds=100.0)
+    given.time_passes(database, 3600)
+    assert given.reap(database) == [held.job_id]
+    assert look(database, held.job_id).status == "queued"
+
+
+def test_the_pause_after_a_loss_doubles_and_is_bounded(database: Database) -> None:
+    job_id = given.queued_job(database)
+    pauses = []
+    for lost in (0, 1, 2, 40, 5000):
+        given.time_passes(database, 1000)
+        held = given.claim(database, job_id)
+        with database.write() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(recoveries=lost))
+        with database.write() as session:
+            assert jobs.recover(session, held, "lost", max_recoveries=10_000)
+        with database.read() as session:
+            pauses.append(session.scalar(select(Job.not_before - now())))
+    assert pauses == pytest.approx([1, 2, 4, 300, 300], abs=0.5)
+
+
+def test_after_the_database_was_away_every_lease_gets_as_long_again(database: Database) -> None:
+    held, ended = given.running_job(database), given.running_job(database)
+    given.cancel(database, ended.job_id)
+    given.time_passes(database, 300)  # no worker could beat
+    with database.write() as session:
+        assert jobs.spare(session, lease_seconds=60) == 1
+        assert jobs.spare(session, lease_seconds=60) == 0  # another process that noticed it too
+    assert given.reap(database) == []
+    with database.write() as session:  # the worker is well, and goes on with the attempt it had
+        assert jobs.beat(session, held, lease_seconds=60) is Desired.RUN
+    given.time_passes(database, 61)
+    assert given.reap(database) == [held.job_id]
+
+
+def test_housekeeping_spares_the_leases_when_the_database_comes_back(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = given.Service.over(database, tmp_path)
+    housekeeping = service.app.state.service.housekeeping
+    housekeeping.turn()
+    held = given.running_job(database)
+
+    def fail(session: Session) -> float:
+        raise OperationalError("select", {}, Exception("the server closed the connection"))
+
+    with monkeypatch.context() as away:
+        away.setattr(jobs, "until_overdue", fail)
+        with pytest.raises(OperationalError):
+            housekeeping.turn()
+    given.time_passes(database, 300)
+    housekeeping.turn()
+    assert look(database, held.job_id).status == "running"
+    housekeeping.turn()
+    assert look(database, held.job_id).status == "running"
+    given.time_passes(database, 61)
+    assert housekeeping.turn() < 0
+    assert look(database, held.job_id).status == "queued"
+
+
+def test_a_process_that_starts_after_the_database_spares_the_leases_too(
+    postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """Both were away together: it has not seen it, and asks the server since when it is up."""
+    database = Database(postgres_url)
+    database.migrate()
+    service = given.Service.over(database, tmp_path)
+    held = given.running_job(database)
+    given.time_passes(database, 300)
+    postgres_server.restart()
+    service.app.state.service.housekeeping.turn()
+    assert look(database, held.job_id).status == "running"
+    assert not database.came_back(0.0)
+    database.dispose()
+
+
+def test_a_turn_comes_in_time_for_the_next_end(database: Database, tmp_path: Path) -> None:
+    housekeeping = given.Service.over(database, tmp_path).app.state.service.housekeeping
+    assert housekeeping.turn() is None
+    given.running_job(database, max_runtime_seconds=3.0)
+    assert housekeeping.turn() == pytest.approx(3, abs=1)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_ran_out_of_memory_is_tried_with_a_smaller_plan_so_often_and_no_more(database: Database) -> None:
+    job_id = given.queued_job(database)
+    for number in (1, 2):
+        held = given.claim(database, job_id)
+        assert held.smaller_plans == number - 1
+        with database.write() as session:
+            assert jobs.shrink(session, held, "The device's memory ran out.", most=2)
+        job = look(database, job_id)
+        assert (job.status, job.smaller_plans, job.recoveries) == ("queued", number, 0)
+        told = story(database, job_id)[-1]
+        assert told.level == "warn"
+        assert f"tried again with a smaller plan ({number} of 2)" in told.message
+    held = given.claim(database, job_id)
+    with database.write() as session:
+        assert jobs.shrink(session, held, "The device's memory ran out.", most=2)
+    job = look(database, job_id)
+    assert (job.status, job.error_code, job.smaller_plans) == ("failed", "out_of_memory", 2)
+
+
+def test_the_plan_and_what_was_measured_stay_with_the_job(database: Database) -> None:
+    held = given.running_job(database)
+    with database.write() as session:
+        assert jobs.beat(session, held, lease_seconds=60, progress={"plan": {"layers": 2}, "needs_bytes": 7})
+    assert given.release(database, held)
+    again = given.claim(database)
+    assert again.plan == {"layers": 2}
+    assert look(database, held.job_id).needs_bytes == 7
+    content, _ = given.adapter(database, "m")
+    with database.write() as session:
+        assert jobs.succeed(
+            session,
+            again,
+            step=1,
+            trained_tokens=1,
+            content=content,
+            results=given.put(database, b"x"),
+            events=[],
+            measured={"seconds": 12.5},
+        )
+    assert look(database, held.job_id).measured == {"seconds": 12.5}
+
+
+# -- states -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_could_not_be_read_is_replaced_when_its_step_is_reached_again(database: Database) -> None:
+    first = given.running_job(database)
+    assert given.add_checkpoint(database, first, 5)
+    assert given.release(database, first)
+    second = given.claim(database)
+    content, _ = given.adapter(database, "again")
+    state = given.put(database, b"another state of the same step")
+    with database.write() as session:
+        assert jobs.add_checkpoint(session, second, step=5, metrics={}, state=state, content=content, keep=3)
+    with database.read() as session:
+        (found,) = jobs.latest_states(session, first.job_id)
+        assert found.state_sha256 == state.sha256
+        assert found.attempt == first.attempt  # whose adapter it shows
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 1
+
+
+@pytest.mark.parametrize("end", ["succeed", "fail", "cancel", "worker_lost", "deadline"])
+def test_a_job_that_has_ended_keeps_its_adapters_and_gives_its_states_up(database: Database, end: str) -> None:
+    held = given.running_job(database, max_runtime_seconds=1000.0)
+    assert given.add_checkpoint(database, held, 1)
+    if end == "succeed":
+        assert given.succeed(database, held)
+    elif end == "fail":
+        with database.write() as session:
+            assert jobs.fail(session, held, code="non_finite_loss", message="x", param=None)
+    elif end == "cancel":
+        given.cancel(database, held.job_id)
+    else:
+        if end == "deadline":
+            given.time_passes(database, 1001)
+            with database.write() as session:
+                jobs.beat(session, held, lease_seconds=60)
+        else:
+            given.time_passes(database, 61)
+        assert given.reap(database, max_recoveries=0) == [held.job_id]
+    with database.read() as session:
+        assert jobs.latest_states(session, held.job_id) == []
+        assert session.scalars(select(Checkpoint.model)).all() == [f"{held.model_name}:ckpt-step-1"]
+
+
+def test_every_change_that_callers_can_see_has_a_new_revision(database: Database) -> None:
+    job_id = given.new_job(database)
+    seen = [look(database, job_id).rev]
+
+    def changed() -> bool:
+        seen.append(look(database, job_id).rev)
+        return seen[-1] > seen[-2]
+
+    with database.write() as session:
+        jobs.queue(session, job_id, Recipe(base_model="tiny"), [])
+    assert changed()
+    with database.write() as session:
+        jobs.tell_waiting(session, {job_id: "nothing fits"})
+    assert changed()
+    given.pause(database, job_id)
+    assert changed()
+    given.resume(database, job_id)
+    assert changed()
+    held = given.claim(database)
+    assert changed()
+    with database.write() as session:
+        jobs.beat(session, held, lease_seconds=60, progress={"step": 3})
+    assert changed()
+    with database.write() as session:
+        jobs.beat(session, held, lease_seconds=60)
+    assert not changed()  # life alone is nothing new
+    given.pause(database, job_id)
+    assert changed()
+    given.resume(database, job_id)
+    assert changed()
+    with database.write() as session:
+        jobs.shrink(session, held, "memory", most=3)
+    assert changed()
+    held = given.claim(database)
+    given.time_passes(database, 100)
+    given.reap(database)
+    given.time_passes(database, 100)
+    assert changed()
+    held = given.claim(database)
+    changed()
+    assert given.succeed(database, held)
+    assert changed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from graft.app import create_app
 from graft.db import Base, Database, head_revision, migrations_folder
 from graft.errors import ConfigurationError
 from graft.models import Organization
+from graft.recipe import Recipe
 from graft.settings import Settings
 
 from . import given
@@ -125,6 +127,63 @@ def test_down_to_nothing_and_up_again(empty: Database) -> None:
     assert tables(empty) == {"alembic_version"}
     empty.migrate()
     assert tables(empty) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_one_version_down_and_up_again_loses_no_row(empty: Database) -> None:
+    """As when an upgrade is taken back: the code before knows no paused job, and so it queues it."""
+    empty.migrate()
+    with empty.write() as session:
+        tenancy.ensure_defaults(session, None)
+    done = given.running_job(empty, suffix="done")
+    assert given.add_checkpoint(empty, done, 3)
+    assert given.succeed(empty, done)
+    running, queued, paused = given.running_job(empty), given.queued_job(empty, priority=5), given.queued_job(empty)
+    given.pause(empty, paused)
+    given.worker(empty)
+    names = ("id", "status", "attempt", "recipe", "request", "created_at", "fine_tuned_model", "last_event")
+    counted = ("fine_tuning_job_events", "fine_tuning_job_checkpoints", "adapters", "adapter_files", "files", "outbox")
+
+    def rows() -> dict[str, tuple[object, ...]]:
+        with empty.read() as session:
+            found = session.execute(text(f"select {', '.join(names)} from fine_tuning_jobs"))
+            return {row.id: tuple(row) for row in found}
+
+    def counts() -> list[int]:
+        with empty.read() as session:
+            return [session.scalar(text(f"select count(*) from {name}")) or 0 for name in counted]
+
+    before, many = rows(), counts()
+    assert before[paused][1] == "paused"
+    alembic(empty, "downgrade", "0001")
+    assert "desired" not in {column["name"] for column in inspect(empty.engine).get_columns("fine_tuning_jobs")}
+    empty.migrate()
+    before[paused] = (paused, "queued", *before[paused][2:])
+    assert rows() == before
+    assert counts() == many
+    job = given.look(empty, queued)
+    assert (job.priority, job.desired, job.gpu_seconds, job.rev) == (0, "run", 0.0, 0)
+    assert given.claim(empty, paused).attempt == 1
+    assert given.succeed(empty, running)
+    with empty.engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True, "render_as_batch": empty.is_sqlite}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_the_code_before_goes_on_working_over_the_new_tables(empty: Database) -> None:
+    """It names no new column, so each of them must have a default."""
+    empty.migrate()
+    with empty.write() as session:
+        tenancy.ensure_defaults(session, None)
+        session.execute(
+            text(
+                "insert into fine_tuning_jobs (id, project_id, model, base_model, training_file, seed, request, recipe,"
+                " status, attempt, recoveries, not_before, created_at, step, last_event) values ('ftjob-old',"
+                " 'proj_default', 'tiny', 'tiny', 'file-x', 42, '{}', :recipe, 'queued', 0, 0, 0, 1000, 0, 0)"
+            ),
+            {"recipe": json.dumps(Recipe(base_model="tiny").to_json())},
+        )
+    assert given.claim(empty).job_id == "ftjob-old"
 
 
 def test_readiness_tells_of_a_schema_of_another_version(empty: Database, tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import IntegrityError
+from starlette.responses import Response
 
-from graft import jobs, resolve
-from graft.deps import CallerDep, ReadDep, Service, ServiceDep, StrictRoute, WriteDep
+from graft import jobs, resolve, tenancy
+from graft.deps import CallerDep, ReadDep, Service, ServiceDep, StrictRoute, WriteDep, json_answer
 from graft.errors import InvalidRequest
-from graft.models import Checkpoint, Job, JobEvent
+from graft.fair_queue import Forecast, Place
+from graft.models import Checkpoint, Desired, Job, JobEvent, JobStatus
 from graft.schemas import (
     CheckpointMetrics,
     CheckpointObject,
@@ -35,9 +37,12 @@ MAX_FILTERS = 16  # as many as a job can have entries
 EventLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
-def wire(job: Job, organization_id: str) -> JobObject:
+def wire(job: Job, organization_id: str, forecast: Forecast) -> JobObject:
     """A row as OpenAI shows it, with Graft's fields beside."""
+    place = forecast.of(job.id, job.status)
     recipe = job.recipe
+    # A running job that is desired to pause is OpenAI's `pausing`.
+    is_pausing = job.status == JobStatus.RUNNING and job.desired == Desired.PAUSE
     # Not parsed as a request again: an old job is shown as it was, whatever the rules have become since.
     asked = ((job.request.get("method") or {}).get("supervised") or {}).get("hyperparameters")
     named = asked or job.request.get("hyperparameters") or {}
@@ -55,7 +60,7 @@ def wire(job: Job, organization_id: str) -> JobObject:
         model=job.model,
         fine_tuned_model=job.fine_tuned_model,
         organization_id=organization_id,
-        status=job.status,
+        status="pausing" if is_pausing else job.status,
         training_file=job.training_file,
         validation_file=job.validation_file,
         result_files=[] if job.result_file is None else [job.result_file],
@@ -75,6 +80,15 @@ def wire(job: Job, organization_id: str) -> JobObject:
         progress=Progress(step=job.step, total_steps=job.total_steps),
         attempt=job.attempt,
         recipe=recipe,
+        priority=job.priority,
+        max_runtime_seconds=job.max_runtime_seconds,
+        queue_position=None if place is None else place.position,
+        predicted_start=None if place is None or place.predicted_start is None else int(place.predicted_start),
+        waiting_for=job.waiting_for if place is None else place.waiting_for,
+        audit=job.audit,
+        estimate=job.estimate,
+        plan=job.plan,
+        measured=job.measured,
     )
 
 
@@ -112,8 +126,12 @@ async def create_job(body: JobCreate, request: Request, caller: CallerDep, servi
         raise InvalidRequest(
             "Idempotency-Key must be 1 to 255 printable ASCII characters.", code="invalid_idempotency_key"
         )
-    is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
-    return await run_in_threadpool(_create, service, caller, body, key, digest, is_retry)
+    return await run_in_threadpool(_create, service, caller, body, key, digest, _is_retry(request))
+
+
+def _is_retry(request: Request) -> bool:
+    """Whether OpenAI's SDK sends this again by itself, because no answer or a passing error came."""
+    return request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
 
 
 def _create(
@@ -124,7 +142,7 @@ def _create(
     except IntegrityError:  # the same key at the same moment: the other request made the job, and now it can be found
         job = _find_or_create(service, caller, body, key, digest, is_retry)
     service.housekeeping.wake()
-    return wire(job, caller.organization_id)
+    return wire(job, caller.organization_id, service.forecast)
 
 
 def _find_or_create(
@@ -143,6 +161,7 @@ def _find_or_create(
 def list_jobs(
     request: Request,
     caller: CallerDep,
+    service: ServiceDep,
     session: ReadDep,
     after: str | None = None,
     limit: Limit = 20,
@@ -163,19 +182,82 @@ def list_jobs(
     rows, more = jobs.list_page(
         session, caller.project_id, after=after, limit=limit, labels=labels, unlabelled=metadata == "null"
     )
-    return Page.of([wire(row, caller.organization_id) for row in rows], more)
+    return Page.of([wire(row, caller.organization_id, service.forecast) for row in rows], more)
 
 
-@router.get("/{job_id}")
-def retrieve_job(job_id: str, caller: CallerDep, session: ReadDep) -> JobObject:
-    """One job."""
-    return wire(jobs.get(session, caller.project_id, job_id), caller.organization_id)
+def retrieve_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep) -> Response:
+    """One job. With the ETag of an earlier answer in If-None-Match: 304 as long as there is nothing new."""
+    headers = request.headers
+    return _poll(service, headers.get("authorization"), job_id, headers.get("if-none-match"))
+
+
+def _poll(service: Service, authorization: str | None, job_id: str, seen: str | None) -> Response:
+    """Two statements, or one that finds nothing new."""
+    with service.database.read() as session:
+        if seen is None:
+            caller = tenancy.authenticate(session, authorization)
+        else:
+            caller, rev, status = jobs.version(session, authorization, job_id)
+            tag = _tag(rev, service.forecast.of(job_id, status))
+            if seen.removeprefix("W/") == tag:
+                return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "private, no-cache"})
+        job = jobs.get(session, caller.project_id, job_id)
+    tag = _tag(job.rev, service.forecast.of(job_id, job.status))
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    return json_answer(wire(job, caller.organization_id, service.forecast), headers)
+
+
+def _tag(rev: int, place: Place | None) -> str:
+    """What a job's answer is made of. The place in the queue is not of the row."""
+    return f'"{rev}"' if place is None else f'"{rev}-{place.position}-{int(place.predicted_start or 0)}"'
+
+
+class PollRoute(StrictRoute):
+    """The route that is asked most, without the resolving of dependencies, which takes as long as all the rest."""
+
+    def get_route_handler(self) -> Any:
+        careful = super().get_route_handler()
+
+        async def poll(request: Request) -> Response:
+            if request.scope["query_string"]:
+                found: Response = await careful(request)
+                return found
+            service, headers = request.app.state.service, request.headers
+            asked = headers.get("authorization"), request.path_params["job_id"], headers.get("if-none-match")
+            return await run_in_threadpool(_poll, service, *asked)
+
+        return poll
+
+
+router.add_api_route(
+    "/{job_id}",
+    retrieve_job,
+    response_model=JobObject,
+    responses={304: {"description": "There is nothing new since that ETag."}},
+    methods=["GET"],
+    route_class_override=PollRoute,
+)
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: CallerDep, session: WriteDep) -> JobObject:
+def cancel_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep, session: WriteDep) -> JobObject:
     """Cancel a live job, at once."""
-    return wire(jobs.cancel(session, caller.project_id, job_id), caller.organization_id)
+    job = jobs.cancel(session, caller.project_id, job_id, is_retry=_is_retry(request))
+    return wire(job, caller.organization_id, service.forecast)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep, session: WriteDep) -> JobObject:
+    """Pause a live job. A running one is `pausing` until its worker has saved a checkpoint and let go of the device."""
+    job = jobs.pause(session, caller.project_id, job_id, is_retry=_is_retry(request))
+    return wire(job, caller.organization_id, service.forecast)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep, session: WriteDep) -> JobObject:
+    """Queue a paused job again, with the place of its age; it goes on from its last checkpoint."""
+    job = jobs.resume(session, caller.project_id, job_id, is_retry=_is_retry(request))
+    return wire(job, caller.organization_id, service.forecast)
 
 
 @router.get("/{job_id}/events")

@@ -75,6 +75,7 @@ def wire(job: Job, organization_id: str) -> JobObject:
         progress=Progress(step=job.step, total_steps=job.total_steps),
         attempt=job.attempt,
         recipe=recipe,
+        audit=job.audit,
     )
 
 

@@ -146,6 +146,8 @@ def tokenise(path: Path, tokenizer: ChatTokenizer, settings: tokens.Settings, fo
 
 
 def _base_of(base: BaseModel) -> dict[str, Any]:
+    if base.is_local and not (Path(base.source) / "tokenizer.json").is_file():
+        raise AuditUnavailable(f"{base.id} has no tokenizer.json here")
     return {"source": base.source, "revision": base.revision, "is_local": base.is_local}
 
 

@@ -170,7 +170,7 @@ def test_a_faulty_row_fails_the_job_with_its_line(service: Service, param: str) 
     bad[3] = b"{"
     error = failed(service, **{param: given.dataset(service.database, content=b"\n".join(bad)).id})
     assert (error["code"], error["param"]) == ("invalid_json", param)
-    assert "3 fault(s): line 4: not valid JSON" in error["message"]
+    assert "2 fault(s): line 4: not valid JSON" in error["message"]
     assert "line 17, messages[0].role: must be one of system" in error["message"]
 
 

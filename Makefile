@@ -32,7 +32,8 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
+bench: .venv/installed  ## tokenising; then, on a GPU, every kernel, and training steps beside the peers that are installed
+	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
 

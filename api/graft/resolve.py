@@ -11,20 +11,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sqlalchemy.orm import Session
 
-from graft import audit, datasets, files, jobs, supervision
+from graft import audit, datasets, files, forecast, jobs, supervision
 from graft.audit import AuditFault, AuditUnavailable
 from graft.catalogue import BaseModel, Catalogue
 from graft.db import Database
-from graft.errors import InvalidRequest, NotFound, Unavailable
+from graft.errors import InvalidRequest, NotFound, NotYet, Unavailable
+from graft.estimate import Estimate
 from graft.jobs import Event
 from graft.models import File, Job
 from graft.planner import AdapterShape, ModelShape
 from graft.recipe import SOME_DAY, EarlyStopping, LoraSettings, Recipe
-from graft.schemas import HyperparametersRequest, JobCreate, PreviewObject, PreviewRequest, SupervisionRequest
+from graft.schemas import (
+    DeviceEstimate,
+    EstimateObject,
+    HyperparametersObject,
+    HyperparametersRequest,
+    JobCreate,
+    PreviewObject,
+    PreviewRequest,
+    SupervisionRequest,
+)
 from graft.settings import Settings
 from graft.storage import Storage
 from graft.supervision import Facts, Verdict
@@ -283,6 +293,8 @@ def validate(database: Database, storage: Storage, catalogue: Catalogue, setting
                     truncation=resolved.truncation,
                 )
                 remarks += [Event(text, level=level) for level, text in told_of]
+    except NotYet:  # another process of this service is reading the file; the job waits for it
+        return
     except InvalidRequest as problem:
         found = problem.audited.to_json() if isinstance(problem, _Untrainable) else None
         with database.write() as session:
@@ -296,8 +308,31 @@ def validate(database: Database, storage: Storage, catalogue: Catalogue, setting
             )
         return
     remarks = [*_remarks(job, resolved, rows, training, validation), *remarks]
+    predicted = None if audited is None else _predict(database, settings, resolved, audited)
     with database.write() as session:
-        jobs.queue(session, job_id, resolved, remarks, audit=None if audited is None else audited.to_json())
+        jobs.queue(
+            session,
+            job_id,
+            resolved,
+            remarks,
+            audit=None if audited is None else audited.to_json(),
+            estimate=None if predicted is None else predicted.to_json(),
+            needs_bytes=None if predicted is None else predicted.needs_bytes,
+        )
+
+
+def _predict(database: Database, settings: Settings, resolved: Recipe, audited: Audited) -> Estimate | None:
+    """What the job takes where it fits best; None where the base model is none that there is arithmetic for."""
+    if audited.shape is None:
+        return None
+    amount = forecast.amount_of(audited.files, resolved)
+    try:
+        with database.read() as session:
+            return forecast.estimates(
+                session, resolved, audited.shape, amount, heartbeat_seconds=settings.heartbeat_seconds
+            )[0]
+    except ValueError:  # a target module that this model does not have; the worker refuses it by name
+        return None
 
 
 class _Untrainable(InvalidRequest):
@@ -334,9 +369,16 @@ def _common_format(training: File, validation: File | None) -> str | None:
 
 
 def _audit(
-    body: JobCreate, base: BaseModel, files: Mapping[str, File], resolved: Recipe, storage: Storage, settings: Settings
+    body: JobCreate,
+    base: BaseModel,
+    files: Mapping[str, File],
+    resolved: Recipe,
+    storage: Storage,
+    settings: Settings,
+    *,
+    sample_bytes: int | None = None,
 ) -> Audited:
-    """What the files teach.
+    """What the files teach; where `sample_bytes` is given, what the rows in so much of the beginning of a file do.
 
     Raises:
         AuditUnavailable: this machine cannot know.
@@ -354,11 +396,19 @@ def _audit(
         def write(path: Path) -> None:
             with path.open("wb") as out:
                 for piece in storage.read(file.sha256):
-                    out.write(piece)
+                    part = piece if sample_bytes is None else piece[: sample_bytes - out.tell()]
+                    out.write(part)
+                    if sample_bytes is not None and out.tell() == sample_bytes < file.bytes:
+                        _end_with_a_line(out, part)
+                        return
 
         return write
 
-    sources = {name: (file.sha256, writer_of(file)) for name, file in files.items()}
+    def name_of(file: File) -> str:
+        part = sample_bytes is not None and file.bytes > sample_bytes
+        return f"{file.sha256} to {sample_bytes}" if part else file.sha256
+
+    sources = {name: (name_of(file), writer_of(file)) for name, file in files.items()}
     try:
         found = audit.audit(base, sources, options, cache=TokenCache(settings.token_cache, settings.token_cache_bytes))
     except AuditFault as fault:
@@ -369,6 +419,11 @@ def _audit(
         config=found["config"],
         files={name: Facts.from_json(each) for name, each in found["files"].items()},
     )
+
+
+def _end_with_a_line(out: BinaryIO, piece: bytes) -> None:
+    """Cut what was written behind its last whole line, which `piece`, the end of it, holds (a row is shorter)."""
+    out.truncate(out.tell() - (len(piece) - piece.rfind(b"\n") - 1))
 
 
 def _judge(audited: Audited, resolved: Recipe) -> Verdict | None:
@@ -386,11 +441,102 @@ def _judge(audited: Audited, resolved: Recipe) -> Verdict | None:
     return None
 
 
+# Estimate -------------------------------------------------------------------------------------------------------------
+
+# A larger file is estimated by its beginning: the answer is waited for.
+SAMPLE_BYTES = 8 * 1024 * 1024
+
+
+def estimate(
+    body: JobCreate,
+    base: BaseModel,
+    sources: Mapping[str, File],
+    database: Database,
+    storage: Storage,
+    settings: Settings,
+) -> EstimateObject:
+    """What a job will take, without making one: everything that would fail the job's validation is raised.
+
+    Args:
+        sources: the files by the field that names them.
+
+    Raises:
+        InvalidRequest: the job would be refused; or there is no arithmetic for this base model.
+        NotYet: a file is still being read.
+        Unavailable: this server does not have the base model's tokenizer.
+    """
+    check(body, base)
+    training, validation = sources["training_file"], sources.get("validation_file")
+    rows = {"training_file": _require_good(training, "training_file", settings.min_examples)}
+    if validation is not None:
+        rows["validation_file"] = _require_good(validation, "validation_file", 1)
+    form = _common_format(training, validation)
+    today = datetime.now(UTC).date().isoformat()
+    resolved = recipe(body, base, rows=rows["training_file"], form=form, today=today)
+    try:
+        audited = _audit(body, base, sources, resolved, storage, settings, sample_bytes=SAMPLE_BYTES)
+    except AuditUnavailable as unavailable:
+        raise Unavailable(
+            f"This server cannot write as {base.id} does: {unavailable.reason}.", code="tokenizer_unavailable"
+        ) from unavailable
+    if (verdict := _judge(audited, resolved)) is not None:
+        raise _Untrainable(verdict, audited)
+    if audited.shape is None:
+        raise InvalidRequest(
+            f"There is no arithmetic for the architecture of {base.id}.", code="unsupported_base_model", param="model"
+        )
+    sampled = any(file.bytes > SAMPLE_BYTES for file in sources.values())
+    real = rows if sampled else None
+    examples = forecast.num_examples(audited.files["training_file"], real)
+    resolved = recipe(body, base, rows=examples, form=form, today=today, audited=audited)
+    amount = forecast.amount_of(audited.files, resolved, rows=real)
+    try:
+        with database.read() as session:
+            found = forecast.estimates(
+                session, resolved, audited.shape, amount, heartbeat_seconds=settings.heartbeat_seconds
+            )
+    except ValueError as error:
+        raise InvalidRequest(f"{error}.", code="unsupported_target_module", param="lora.target_modules") from error
+    best = found[0]
+    named = hyperparameters(body)
+    multiplier = named.learning_rate_multiplier
+    return EstimateObject(
+        model=body.model,
+        base_model=base.id,
+        hyperparameters=HyperparametersObject(
+            n_epochs=resolved.n_epochs,
+            batch_size=resolved.batch_size,
+            learning_rate_multiplier=1.0 if multiplier == "auto" else multiplier,
+        ),
+        recipe=resolved.to_json(),
+        audit=audited.to_json(),
+        exact=amount.exact,
+        examples=amount.rows,
+        validation_examples=amount.valid_rows,
+        trained_tokens=amount.trained_tokens * resolved.n_epochs,
+        tokens=amount.tokens * resolved.n_epochs,
+        steps=best.steps,
+        fits=best.fits,
+        peak_bytes=best.peak_bytes,
+        seconds=best.seconds,
+        seconds_low=best.seconds_low,
+        seconds_high=best.seconds_high,
+        gpu_hours=best.seconds / 3600,
+        devices=[
+            DeviceEstimate(
+                **{name: value for name, value in each.to_json().items() if name in DeviceEstimate.model_fields},
+                gpu_hours=each.seconds / 3600,
+            )
+            for each in found
+        ],
+    )
+
+
 # Preview --------------------------------------------------------------------------------------------------------------
 
 
-def dataset(session: Session, project_id: str, file_id: str) -> File:
-    """The training file that a request names.
+def dataset(session: Session, project_id: str, file_id: str, param: str = "training_file") -> File:
+    """The training file that a request's `param` names.
 
     Raises:
         InvalidRequest: there is none such in the project, or it is for something else.
@@ -401,13 +547,13 @@ def dataset(session: Session, project_id: str, file_id: str) -> File:
         raise InvalidRequest(
             f"No such file: '{file_id[:64]}'. Upload it with `POST /v1/files` and purpose 'fine-tune'.",
             code="file_not_found",
-            param="training_file",
+            param=param,
         ) from None
     if row.purpose != "fine-tune":
         raise InvalidRequest(
             f"The file {row.id} has the purpose '{row.purpose}'; upload it again with purpose 'fine-tune'.",
             code="invalid_file_purpose",
-            param="training_file",
+            param=param,
         )
     return row
 
@@ -479,6 +625,8 @@ def _lines(pieces: Iterable[bytes], first: int, count: int) -> Iterator[tuple[in
 
 def _require_good(file: File | None, param: str, fewest: int) -> int:
     """The number of rows of a dataset without faults."""
+    if file is not None and file.status == "uploaded":
+        raise NotYet(f"The file {file.id} is still being read; ask again shortly.", code="file_not_processed")
     if file is None or file.report is None:
         raise InvalidRequest(
             f"The {param.replace('_', ' ')} was deleted before the job started.", code="file_not_found", param=param

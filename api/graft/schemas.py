@@ -309,6 +309,50 @@ class PreviewObject(BaseModel):
     rows: list[PreviewRow]
 
 
+class DeviceEstimate(BaseModel):
+    """What the job takes on one device. `worker` None: no worker is there, and a reference stands in for one. Where it
+    does not fit, `refusal` says what to change. Seconds are from the claim to the result."""
+
+    device: str
+    worker: str | None
+    fits: bool
+    refusal: str | None
+    peak_bytes: int
+    needs_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    step_seconds: float
+    gpu_hours: float
+    learnt_from_jobs: int
+
+
+class EstimateObject(BaseModel):
+    """What a job will take, before there is one. Tokens are those of all epochs; `exact` is false where a part of a
+    large file stands for the whole, or where rows are held out by chance. From `steps` on, fields are those of the
+    first of `devices`."""
+
+    object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
+    model: str
+    base_model: str
+    hyperparameters: HyperparametersObject
+    recipe: dict[str, Any]
+    audit: dict[str, Any]
+    exact: bool
+    examples: int
+    validation_examples: int
+    trained_tokens: int
+    tokens: int
+    steps: int
+    fits: bool
+    peak_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    gpu_hours: float
+    devices: list[DeviceEstimate]
+
+
 class Progress(BaseModel):
     """Graft's own: how far a job is."""
 

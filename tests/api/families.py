@@ -1,5 +1,7 @@
-"""Chat templates in the published formats of the families that are trained here, in our own words, and a small tokenizer
-that has all their control tokens."""
+"""Chat templates in the published formats of the families that are trained here, in our own words.
+
+And a small tokenizer that has all their control tokens.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +74,12 @@ MISTRAL = (
     "{%- for m in loop_messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{{ bos_token }}{%- for m in loop_messages %}"
     "{%- if m.role == 'user' %}"
-    "{%- if loop.index0 == ns.last and tools %}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{%- if loop.index0 == ns.last and tools %}"
+    "{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
     "{%- if loop.index0 == ns.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}"
     "{%- else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}"
-    "{%- elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "{%- elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}"
+    "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
     "{{ ']' + eos_token }}"
     "{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}"
     "{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"

@@ -264,7 +264,8 @@ def test_an_opening_that_a_turn_does_not_have_is_refused_by_its_place() -> None:
 
 
 def test_a_template_without_an_end_closes_nothing() -> None:
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     found = examples(chat_tokenizer(template, {"eos_token": "</s>"}), TWO_TURNS)
     assert not isinstance(found, Refusal)
     assert all(CLOSING not in example.mask for example in found)

@@ -1,4 +1,4 @@
-"""Runs that would "succeed" and have learnt nothing: what the user sends with the openai SDK, what the user now reads."""
+"""Runs that would "succeed" and have learnt nothing: what the user sends, with the openai SDK, and now reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from sqlalchemy import select
 
-from graft import tenancy
+from graft import resolve, tenancy, workers
 from graft.app import create_app
 from graft.db import Database
 from graft.models import Job
@@ -22,8 +22,12 @@ from .given import Service
 
 ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 TINY_LLAMA = {
-    **{"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "vocab_size": 400},
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 400,
 }
 OWN = {
     "endless": (ENDLESS + "{% if add_generation_prompt %}assistant: {% endif %}", {"eos_token": "</s>"}),
@@ -254,7 +258,7 @@ def test_prompts_are_context_and_completions_are_learnt(service: Service) -> Non
 def test_the_same_file_is_tokenised_once(service: Service, tmp_path: Path) -> None:
     for _ in range(2):
         assert train(service, [chat()] * 10).status == "queued"
-    entries = [path for path in (tmp_path / "tokens").iterdir()]
+    entries = list((tmp_path / "tokens").iterdir())
     assert len(entries) == 1
     assert {path.name for path in entries[0].iterdir()} == {"ids", "mask", "index", "facts.json"}
 
@@ -338,3 +342,82 @@ def test_the_audit_stands_in_the_jobs_row(service: Service) -> None:
     with service.database.read() as session:
         row = session.scalars(select(Job).where(Job.id == job.id)).one()
         assert row.audit == job.audit
+
+
+# -- estimate -----------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_says_what_the_job_will_then_do(service: Service) -> None:
+    client = service.sdk()
+    rows = [chat(f"Sky {number}?", "Blue. " * (number % 7 + 1)) for number in range(40)]
+    body = {"model": "chatml", "training_file": upload(client, rows), "method": {"type": "supervised"}}
+    found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()
+    created = client.fine_tuning.jobs.create(**body)  # type: ignore[arg-type]
+    service.turn()
+    job: Any = client.fine_tuning.jobs.retrieve(created.id)
+    assert found["recipe"] == job.recipe
+    assert found["audit"] == job.audit
+    assert (found["examples"], found["validation_examples"], found["exact"]) == (40, 0, True)
+    epochs = job.recipe["n_epochs"]
+    assert found["trained_tokens"] == epochs * job.audit["training_file"]["trained_tokens"]
+    assert found["steps"] == epochs * 40 // job.recipe["batch_size"]
+    (device,) = found["devices"]  # no worker is there: a reference
+    assert (device["worker"], device["fits"]) == (None, True)
+    assert 0 < found["seconds_low"] < found["seconds"] < found["seconds_high"]
+    assert found["gpu_hours"] == pytest.approx(found["seconds"] / 3600)
+    with service.database.read() as session:
+        row = session.get_one(Job, job.id)
+        assert row.estimate is not None
+        assert row.estimate["seconds"] == pytest.approx(found["seconds"])
+        assert row.needs_bytes == device["needs_bytes"] > 0
+
+
+def test_an_estimate_is_made_for_each_worker_that_is_there(service: Service) -> None:
+    rates = {"gemm": 6e14, "copy": 2.5e12, "link": 5e10}
+    with service.database.write() as session:
+        workers.register(session, "large", device="NVIDIA H100", device_bytes=80 * 2**30, rates=rates)
+        workers.register(session, "slow", device="NVIDIA H100", device_bytes=80 * 2**30, rates={**rates, "gemm": 1e13})
+        workers.register(session, "small", device="a card", device_bytes=420 * 2**20, rates=rates)
+        workers.register(
+            session, "host", device="cpu", device_bytes=None, rates={"gemm": 5e10, "copy": 1e10, "decode": 1e9}
+        )
+    body = {"model": "chatml", "training_file": upload(service.sdk(), [chat()] * 10)}
+    found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()
+    assert {device["worker"] for device in found["devices"]} == {"large", "slow", "small", "host"}
+    assert found["fits"]
+    by_name = {device["worker"]: device for device in found["devices"]}
+    assert by_name["large"]["seconds"] <= by_name["slow"]["seconds"]
+    assert [device["fits"] for device in found["devices"]] == sorted(
+        (device["fits"] for device in found["devices"]), reverse=True
+    )
+    for device in found["devices"]:
+        assert (device["refusal"] is None) == device["fits"]
+
+
+def test_an_estimate_of_a_large_file_is_of_its_beginning(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "SAMPLE_BYTES", 4096)
+    rows = [chat(f"Sky {number:03}?") for number in range(400)]
+    body = {"model": "chatml", "training_file": upload(service.sdk(), rows), "validation_split": 0.1}
+    found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()
+    assert not found["exact"]
+    assert (found["examples"], found["validation_examples"]) == (360, 40)
+    assert 0 < found["audit"]["training_file"]["rows"] < 100
+
+
+def test_what_would_fail_the_job_is_answered_at_once(service: Service) -> None:
+    client, http = service.sdk(), service.http()
+    good = {"model": "chatml", "training_file": upload(client, [chat()] * 10)}
+    silent = upload(client, [chat(weight=0)] * 10)
+    for change, code, param in (
+        ({"training_file": silent}, "no_trainable_tokens", "training_file"),
+        ({"validation_file": silent}, "no_trainable_tokens", "validation_file"),
+        ({"training_file": upload(client, [chat()])}, "too_few_examples", "training_file"),
+        ({"validation_file": "file-none"}, "file_not_found", "validation_file"),
+        ({"model": "endless"}, "no_end_of_turn", "training_file"),
+        ({"lora": {"target_modules": ["nope"]}}, "unsupported_target_module", "lora.target_modules"),
+        ({"lora": {"use_dora": True}}, "unsupported_parameter", "lora.use_dora"),
+    ):
+        answer = http.post("/v1/fine_tuning/jobs/estimate", json={**good, **change})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert list(client.fine_tuning.jobs.list()) == []

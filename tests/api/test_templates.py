@@ -89,7 +89,8 @@ def test_the_child_may_not_hold_more_than_256_mib() -> None:
 
 
 def test_the_row_at_which_it_ended_is_known_and_the_process_is_gone() -> None:
-    template = "{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}x"
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}x"
     with Runner({"default": template}, {}, DAY) as runner:
         rows = [Request([{"role": "user", "content": "loop" if number == 5 else "ok"}], None) for number in range(9)]
         with pytest.raises(TemplateFailure) as caught:

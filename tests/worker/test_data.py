@@ -121,8 +121,13 @@ def test_one_learnt_token_gives_exactly_that_tokens_gradient(
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-            **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256},
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
         )
     ).double()
 

@@ -3,8 +3,9 @@
     python benchmarks/tokenizing.py [--megabytes 64] [--model FOLDER]
 
 Rows of three turns in ChatML, rendered through the template's process as everywhere. Without `--model` the tokenizer is
-graft-tiny's (4,096 tokens); the folder of another base model shows what its vocabulary costs. MB/core-s is by the time that the processes were given, rendering and tokenising together: what other programs on the machine change little.
-Memory is what they hold together beyond what they share, at its highest, sampled.
+graft-tiny's (4,096 tokens); the folder of another base model shows what its vocabulary costs. MB/core-s is by the time
+that the processes were given, rendering and tokenising together: other programs on the machine change it little. Memory
+is what they hold together beyond what they share, at its highest, sampled.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def main() -> None:
         size = path.stat().st_size
         print(f"{rows:,} rows, {size / 1e6:.1f} MB, tokenizer of {options.model.name}")
         print(
-            f"{'processes':>9} {'seconds':>9} {'MB/s':>8} {'rows/s':>9} {'tokens/s':>11} {'MB/core-s':>10} {'memory MiB':>11}"
+            f"{'processes':>9} {'seconds':>9} {'MB/s':>8} {'rows/s':>9} {'tokens/s':>11} {'MB/core-s':>10} "
+            f"{'memory MiB':>11}"
         )
         for processes in sorted({1, num_processes()}):
             seconds, used, count, held = measure(path, options.model, processes)

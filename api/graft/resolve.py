@@ -316,7 +316,8 @@ def validate(database: Database, storage: Storage, catalogue: Catalogue, setting
             resolved,
             remarks,
             audit=None if audited is None else audited.to_json(),
-            estimate=None if predicted is None else predicted.to_json(),
+            # For the queue and for those who wait: a reference says nothing of when this job will be done.
+            estimate=None if predicted is None or predicted.worker is None else predicted.to_json(),
             needs_bytes=None if predicted is None else predicted.needs_bytes,
         )
 
@@ -573,7 +574,7 @@ def preview(body: PreviewRequest, base: BaseModel, file: File, storage: Storage,
             code="context_too_long",
             param="max_seq_length",
         )
-    rows = list(_lines(storage.read(file.sha256), body.first_line, body.rows))
+    rows = list(lines_of(storage.read(file.sha256), body.first_line, body.rows))
     if not rows:
         raise InvalidRequest(
             f"The file {file.id} has no rows from line {body.first_line} on.", code="invalid_value", param="first_line"
@@ -604,7 +605,7 @@ def preview(body: PreviewRequest, base: BaseModel, file: File, storage: Storage,
     )
 
 
-def _lines(pieces: Iterable[bytes], first: int, count: int) -> Iterator[tuple[int, bytes]]:
+def lines_of(pieces: Iterable[bytes], first: int, count: int) -> Iterator[tuple[int, bytes]]:
     """So many lines that are not empty, from the line `first` on, with their numbers; long ones only in part, which is
     still too long for a row."""
     rest = b""

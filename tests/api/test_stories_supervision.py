@@ -10,7 +10,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from sqlalchemy import select
 
-from graft import resolve, tenancy, workers
+from graft import cli, resolve, tenancy, workers
 from graft.app import create_app
 from graft.db import Database
 from graft.models import Job
@@ -349,6 +349,9 @@ def test_the_audit_stands_in_the_jobs_row(service: Service) -> None:
 
 def test_an_estimate_says_what_the_job_will_then_do(service: Service) -> None:
     client = service.sdk()
+    rates = {"gemm": 6e14, "copy": 2.5e12, "link": 5e10}
+    with service.database.write() as session:
+        workers.register(session, "w", device="NVIDIA H100", device_bytes=80 * 2**30, rates=rates)
     rows = [chat(f"Sky {number}?", "Blue. " * (number % 7 + 1)) for number in range(40)]
     body = {"model": "chatml", "training_file": upload(client, rows), "method": {"type": "supervised"}}
     found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()
@@ -361,8 +364,8 @@ def test_an_estimate_says_what_the_job_will_then_do(service: Service) -> None:
     epochs = job.recipe["n_epochs"]
     assert found["trained_tokens"] == epochs * job.audit["training_file"]["trained_tokens"]
     assert found["steps"] == epochs * 40 // job.recipe["batch_size"]
-    (device,) = found["devices"]  # no worker is there: a reference
-    assert (device["worker"], device["fits"]) == (None, True)
+    (device,) = found["devices"]
+    assert (device["worker"], device["fits"]) == ("w", True)
     assert 0 < found["seconds_low"] < found["seconds"] < found["seconds_high"]
     assert found["gpu_hours"] == pytest.approx(found["seconds"] / 3600)
     with service.database.read() as session:
@@ -399,6 +402,7 @@ def test_an_estimate_of_a_large_file_is_of_its_beginning(service: Service, monke
     rows = [chat(f"Sky {number:03}?") for number in range(400)]
     body = {"model": "chatml", "training_file": upload(service.sdk(), rows), "validation_split": 0.1}
     found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()
+    assert found["devices"][0]["worker"] is None  # none is there: a reference stands in
     assert not found["exact"]
     assert (found["examples"], found["validation_examples"]) == (360, 40)
     assert 0 < found["audit"]["training_file"]["rows"] < 100
@@ -421,3 +425,19 @@ def test_what_would_fail_the_job_is_answered_at_once(service: Service) -> None:
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
     assert list(client.fine_tuning.jobs.list()) == []
+
+
+def test_the_command_line_shows_what_a_file_would_teach(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRAFT_MODELS", str(models))
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(chat()) + "\n" + json.dumps(chat("Snow?", "White.")) + "\n")
+    assert cli.main(["files", "preview", str(path), "--model", "chatml", "--line", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("line 2: ")
+    assert "<|im_start|>user\nSnow?<|im_end|>\n<|im_start|>assistant\n[[White.<|im_end|>]]\n" in shown
+    assert cli.main(["files", "preview", str(tmp_path / "none.jsonl"), "--model", "chatml"]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert cli.main(["files", "preview", str(path), "--model", "base"]) == 1
+    assert "no chat template" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 A chat template comes with a base model, from whoever published it, and is a program. It is checked before it runs
 (nothing it names may lead out of the sandbox), and runs in a child that may hold `MEMORY_BYTES` and may take
-`SECONDS` of the processor for one row; one that exceeds them is ended, and named. The child stays for as long as its
+`SECONDS` of the processor for one text; one that exceeds them is ended, and named. The child stays for as long as its
 `Runner`, and takes rows in batches, so a row costs what rendering it costs.
 
 What templates are given (the filters, the functions, the whitespace rules) is what transformers gives them.
@@ -35,9 +35,10 @@ import orjson
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2.0  # of the processor, for one row
+SECONDS = 2.0  # of the processor, for one text: a row has one, and more where its turns have to be found
 MEMORY_BYTES = 256 * 1024 * 1024
 MOST_CHARACTERS = 32 * 1024 * 1024  # of one row's text
+BATCH_BYTES = 2 * 1024 * 1024  # so that the child has its memory for the rendering
 # A child that is starved of the processor is given longer on the clock.
 PATIENCE_SECONDS = 60.0
 
@@ -117,7 +118,7 @@ class Runner:
         self._buffer = bytearray()
         try:
             setup = {"templates": dict(templates), "variables": dict(variables), "today": today.isoformat()}
-            self._send(setup)
+            self._send(_written(setup))
             answer = self._receive(None)
             if "error" in answer:
                 raise TemplateFailure(answer["error"], answer["message"])
@@ -147,12 +148,20 @@ class Runner:
         Raises:
             TemplateFailure: the template is unsafe or over its limits; `index` says at which conversation.
         """
-        if not requests:
-            return []
-        # The child reads a batch to its end before it answers, so neither side waits for the other with a full pipe.
-        self._send([[request.messages, request.tools, [list(cut) for cut in request.cuts]] for request in requests])
         found: list[Rendered | Refused] = []
-        for index in range(len(requests)):
+        waiting: list[bytes] = []
+        for number, request in enumerate(requests, start=1):
+            waiting.append(_written([request.messages, request.tools, [list(cut) for cut in request.cuts]]))
+            if number == len(requests) or sum(map(len, waiting)) > BATCH_BYTES:
+                # The child reads a batch to its end before it answers, so neither waits for the other with a full pipe.
+                self._send(b"[" + b",".join(waiting) + b"]")
+                found += self._answers(range(number - len(waiting), number))
+                waiting = []
+        return found
+
+    def _answers(self, indices: range) -> list[Rendered | Refused]:
+        found: list[Rendered | Refused] = []
+        for index in indices:
             answer = self._receive(index)
             code = answer.get("error")
             if code == "refused":
@@ -165,14 +174,9 @@ class Runner:
                 found.append(Rendered(answer["text"], spans, answer["cuts"]))
         return found
 
-    def _send(self, value: Any) -> None:
+    def _send(self, line: bytes) -> None:
         assert self._child.stdin is not None
-        try:
-            data = orjson.dumps(value)
-        except TypeError:  # an integer past 64 bits
-            data = json.dumps(value).encode()
-        data += b"\n"
-        view = memoryview(data)
+        view = memoryview(line + b"\n")
         try:
             while view:
                 view = view[self._child.stdin.write(view) or 0 :]
@@ -206,6 +210,13 @@ class Runner:
                 index,
             )
         raise RuntimeError(f"the process that renders chat templates ended with exit code {code}")
+
+
+def _written(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # an integer past 64 bits
+        return json.dumps(value).encode()
 
 
 _SEARCH_PATH = str(Path(__file__).parent.parent)
@@ -345,7 +356,8 @@ def _answer(programs: dict[str, _Program], variables: dict[str, str], request: l
 
     def render(count: int, opened: bool) -> tuple[str, list[Span] | None]:
         given = {"messages": messages[:count], "tools": tools, "documents": None, "add_generation_prompt": opened}
-        return program.text({**given, **variables})
+        text: tuple[str, list[Span] | None] = _watched(SECONDS, program.text, {**given, **variables})
+        return text
 
     try:
         text, marks = render(len(messages), False)
@@ -406,7 +418,7 @@ def _serve() -> None:
     for line in lines:
         for request in json.loads(line):
             try:
-                answer = _watched(SECONDS, _answer, programs, setup["variables"], request)
+                answer = _answer(programs, setup["variables"], request)
                 written = json.dumps(answer).encode()
             except MemoryError:
                 fault = {"error": "template_timeout", "message": "the chat template's text is too large"}

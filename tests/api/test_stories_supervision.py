@@ -333,6 +333,10 @@ def test_what_a_preview_cannot_do_is_said_in_the_envelope(service: Service) -> N
         answer = http.post("/v1/fine_tuning/preview", json={**good, **change})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+    _, other_key = service.second_project()
+    for path in ("/v1/fine_tuning/preview", "/v1/fine_tuning/jobs/estimate"):
+        answer = service.http(other_key).post(path, json=good)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "file_not_found")
     with pytest.raises(BadRequestError, match="is not in this server's catalogue"):
         service.sdk().post("/fine_tuning/preview", body={**good, "model": "nope"}, cast_to=object)
 

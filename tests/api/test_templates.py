@@ -135,3 +135,13 @@ def test_large_batches_and_any_characters_pass_through() -> None:
         found = runner.render(rows)
     assert all(isinstance(each, Rendered) and each.text == content + f'[{{"big": {2**70}}}]' for each in found)
     assert time.monotonic() - began < 60
+
+
+def test_a_long_conversation_has_its_time_for_each_text() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% for a in range(9000) %}{% endfor %}{% endfor %}"
+    messages = [{"role": "user", "content": "x"}] * 60
+    cuts = [Cut(count, False) for count in range(1, 60)]
+    with Runner({"default": template}, {}, DAY) as runner:
+        (found,) = runner.render([Request(messages, None, cuts)])
+    assert isinstance(found, Rendered)
+    assert found.cuts == list(range(1, 60))

@@ -11,6 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -205,6 +206,7 @@ def _sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@lru_cache(maxsize=4)
 def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> ChatTokenizer:
     """What transformers has loaded, in the light half's form."""
     found = tokenizer.chat_template

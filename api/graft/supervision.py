@@ -34,9 +34,7 @@ class Lines:
     lines: list[int] = field(default_factory=list)
 
     def add(self, line: int) -> None:
-        """One more; lines come in order, and one that comes twice counts once."""
-        if self.lines and self.lines[-1] == line:
-            return
+        """One more."""
         self.count += 1
         if len(self.lines) < KEPT_LINES:
             self.lines.append(line)
@@ -116,20 +114,28 @@ def fit(tokens: Tokens, *, max_seq_length: int, truncation: Truncation) -> tuple
     mask = tokens.mask
     lengths = array("q")
     silent: list[int] = []  # lines of examples that teach nothing
+    last: dict[int, int] = {}
+
+    def note(kind: Lines, line: int) -> None:
+        """The examples of one row follow one another, and the row counts once."""
+        if last.get(id(kind)) != line:
+            last[id(kind)] = line
+            kind.add(line)
+
     dropped: list[int] = []
     for offset, length, line, whole, flags in tokens:
         lengths.append(whole)
         if flags:
             for flag, lines in ((SPELT, facts.spelt), (LEFT_OUT, facts.left_out), (SPLIT, facts.split)):
                 if flags & flag:
-                    lines.add(line)
+                    note(lines, line)
         if length > max_seq_length and truncation == "drop":
-            facts.dropped.add(line)
+            note(facts.dropped, line)
             dropped.append(line)
             continue
         cut = min(length, max_seq_length)
         if whole > cut or flags & SHORTENED:
-            facts.truncated.add(line)
+            note(facts.truncated, line)
             facts.truncated_tokens += whole - cut
         marks = bytes(mask[offset : offset + cut])
         # A label is the token after; the first token is nobody's.
@@ -138,7 +144,7 @@ def fit(tokens: Tokens, *, max_seq_length: int, truncation: Truncation) -> tuple
             silent.append(line)
             continue
         if marks.rstrip(b"\0")[-1] != 2:
-            facts.without_end.add(line)
+            note(facts.without_end, line)
         kept.offsets.append(offset)
         kept.lengths.append(cut)
         kept.trained.append(trained)
@@ -150,7 +156,7 @@ def fit(tokens: Tokens, *, max_seq_length: int, truncation: Truncation) -> tuple
     given_up = set(dropped)
     for line in silent:
         if line not in teaching and line not in given_up:
-            facts.untrained.add(line)
+            note(facts.untrained, line)
     facts.examples = len(kept.lengths)
     facts.longest = max(kept.lengths, default=0)
     facts.lengths = _quantiles(lengths)

@@ -35,7 +35,7 @@ def test_a_row_of_several_examples_counts_once_however_many_rows_there_are(tmp_p
     found = made(tmp_path, [chat(2)] * 150, "qwen3")
     assert (found.rows, len(found)) == (150, 300)
     shortest = min(entry.length for entry in found)
-    _, facts = fit(found, max_seq_length=shortest - 1, truncation="truncate_right")
+    _, facts = fit(found, max_seq_length=shortest - 2, truncation="truncate_right")
     # Of each row the example of the last turn is cut before it; the other still teaches, so the row does.
     assert (facts.rows, facts.examples, facts.untrained.count) == (150, 150, 0)
     assert (facts.truncated.count, facts.split.count, facts.without_end.count) == (150, 150, 150)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import queue
 import shutil
@@ -30,6 +31,8 @@ from graft.conversations import LEFT_OUT, SPELT, ChatTokenizer, Encoder, Example
 from graft.recipe import Truncation
 from graft.templates import TemplateFailure
 from graft.tokens import TokenCache, Tokens
+
+log = logging.getLogger(__name__)
 
 # Of a model on the Hub: the files that say how it writes, and how large it is.
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*", "config.json")
@@ -55,6 +58,10 @@ class AuditFault(Exception):
         self.code = code
         self.message = message
         self.param = param
+
+
+class ChildLost(RuntimeError):
+    """The process ended without an answer: it was killed (for memory, or for its time), or is at fault; see the log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +111,7 @@ def audit(
         "cache": str(cache.folder),
         "cache_bytes": cache.most_bytes,
     }
-    with _Child(request) as child, contextlib.ExitStack() as staged:
+    with _lost_means_unavailable(), _Child(request) as child, contextlib.ExitStack() as staged:
         while (answer := child.receive()).keys() == {"want"}:
             folder = cache.begin()
             staged.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -122,7 +129,7 @@ def preview(base: BaseModel, rows: Sequence[tuple[int, bytes]], options: Options
     """
     lines = [[line, raw.decode("utf-8", "surrogateescape")] for line, raw in rows]
     request = {"op": "preview", **_base_of(base), "options": options.to_json(), "rows": lines}
-    with _Child(request, timeout=PREVIEW_SECONDS) as child:
+    with _lost_means_unavailable(), _Child(request, timeout=PREVIEW_SECONDS) as child:
         return _checked(child.receive())
 
 
@@ -131,6 +138,7 @@ def tokenise(path: Path, tokenizer: ChatTokenizer, settings: tokens.Settings, fo
 
     Raises:
         TemplateFailure: the chat template cannot be used.
+        ChildLost: the process was ended.
     """
     request = {
         "op": "tokenise",
@@ -143,6 +151,15 @@ def tokenise(path: Path, tokenizer: ChatTokenizer, settings: tokens.Settings, fo
         answer = child.receive()
     if "fault" in answer:
         raise TemplateFailure(answer["fault"]["code"], answer["fault"]["message"])
+
+
+@contextlib.contextmanager
+def _lost_means_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except ChildLost as lost:
+        log.warning("%s", lost)
+        raise AuditUnavailable(str(lost)) from lost
 
 
 def _base_of(base: BaseModel) -> dict[str, Any]:
@@ -199,11 +216,11 @@ class _Child:
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Raises RuntimeError when the child has ended without an answer; its log says why."""
+        """Raises ChildLost."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the audit's process ended with exit code {self._process.wait()}")
+            raise ChildLost(f"the process that reads the file ended with exit code {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

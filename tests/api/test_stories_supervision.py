@@ -10,7 +10,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from sqlalchemy import select
 
-from graft import cli, resolve, tenancy, workers
+from graft import audit, cli, resolve, tenancy, workers
 from graft.app import create_app
 from graft.db import Database
 from graft.models import Job
@@ -445,3 +445,40 @@ def test_the_command_line_shows_what_a_file_would_teach(
     assert "cannot be read" in capsys.readouterr().err
     assert cli.main(["files", "preview", str(path), "--model", "base"]) == 1
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_an_audit_that_is_killed_leaves_the_check_to_the_worker(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = audit._Child.__init__
+
+    def killed(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        self._end()
+
+    monkeypatch.setattr(audit._Child, "__init__", killed)
+    job = train(service, [chat()] * 10)
+    assert (job.status, job.audit) == ("queued", None)
+    messages = [event.message for event in service.sdk().fine_tuning.jobs.list_events(job.id, limit=100)]
+    assert any("checked by the worker before it trains: the process that reads" in message for message in messages)
+    body = {"model": "chatml", "training_file": job.training_file}
+    answer = service.http().post("/v1/fine_tuning/preview", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "tokenizer_unavailable")
+
+
+def test_the_audits_processes_end_with_whoever_asked(models: Path) -> None:
+    begun = {"op": "audit", "source": str(models.parent / "chatml"), "revision": "main", "is_local": True}
+    options = {"train_on_inputs": False, "max_seq_length": None, "context_length": 4096, "truncation": "drop"}
+    with audit._Child(
+        {
+            **begun,
+            "options": {**options, "today": "2026-01-01"},
+            "files": [{"name": "training_file", "sha256": "0" * 64}],
+            "cache": "/nonexistent",
+            "cache_bytes": 0,
+        }
+    ) as child:
+        assert child.receive() == {"want": "training_file"}
+        assert child._process.stdin is not None
+        child._process.stdin.close()  # as it does when the parent is gone
+        assert child._process.wait(60) == -9

@@ -683,8 +683,12 @@ def _left_out(messages: Sequence[Message], request: Request, carriers: Sequence[
     learnt = {index: carrier.text for carrier in carriers for index, *_ in carrier.turns}
     for index, message in enumerate(request.messages[: main.held]):
         text = learnt.get(index, main.text)
-        # What a tool answered may be written as JSON; what was said is said as it is.
-        if message["role"] != "tool" and message["content"].strip() not in text:
+        # Thoughts may stand in the content itself, and be written anew, or be forgotten with the next question.
+        *thoughts, said = re.split("</?think>", message["content"])
+        # What a tool answered may be written as JSON.
+        if message["role"] != "tool" and not _is_said(said, text):
+            return True
+        if index in learnt and not all(_is_said(thought, text) for thought in thoughts):
             return True
         if index in learnt and (message.get("reasoning_content") or "").strip() not in text:
             return True
@@ -692,6 +696,11 @@ def _left_out(messages: Sequence[Message], request: Request, carriers: Sequence[
             return True
     tools = [tool.get("function", tool).get("name") for tool in request.tools or ()]
     return any(isinstance(name, str) and name not in main.text for name in tools)
+
+
+def _is_said(content: str, text: str) -> bool:
+    """Whether a text is in another, by its longest line: a template may trim it, or take a word of command out."""
+    return max(content.split("\n"), key=len).strip() in text
 
 
 def _tail(prompt: str, until: str) -> str:

@@ -217,6 +217,25 @@ def test_what_a_template_leaves_out_is_told() -> None:
     assert clean.flags == 0
 
 
+def test_thoughts_in_the_content_may_be_written_anew() -> None:
+    template = families.QWEN3.replace(
+        "(m.reasoning_content or '')", "m.content.split('</think>')[0].split('<think>')[-1]"
+    )
+    template = template.replace("{{ m.content }}" + families._CALLS, "{{ m.content.split('</think>')[-1] }}")
+    assert template.count("</think>')[") == 2
+    messages = copy.deepcopy(TWO_TURNS)
+    messages[1]["content"] = "<think>It is day.</think>Blue."
+    messages[3]["content"] = "<think>It is cold.</think>White."
+    found = examples(chat_tokenizer(template, {"eos_token": "<|im_end|>"}), messages)
+    assert not isinstance(found, Refusal)
+    assert [example.flags for example in found] == [SPLIT, SPLIT]
+    # The same template without its thoughts leaves them out.
+    template = template.replace("m.content.split('</think>')[0].split('<think>')[-1]", "''")
+    found = examples(chat_tokenizer(template, {"eos_token": "<|im_end|>"}), messages)
+    assert not isinstance(found, Refusal)
+    assert all(example.flags & LEFT_OUT for example in found)
+
+
 def test_markers_over_forgotten_reasoning_give_way_to_prefixes() -> None:
     marked = families.QWEN3.replace(
         "{%- if loop.index0 > ns.last %}{{ '<think>", "{% generation %}{% if loop.index0 > ns.last %}{{ '<think>"

@@ -32,8 +32,9 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## the reader and the service; on a GPU also every kernel, then training beside installed peers
+bench: .venv/installed  ## reader, tokeniser and service; on a GPU also every kernel, then training beside installed peers
 	$(BIN)/python benchmarks/reader.py
+	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/service.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m graft_kernels.bench && $(BIN)/python benchmarks/train.py; \

@@ -26,7 +26,7 @@ from graft.deps import CarriedError, Service
 from graft.errors import GraftError, InvalidRequest, NotFound, TooLarge, Unavailable
 from graft.housekeeping import Housekeeping
 from graft.ids import new_id
-from graft.routes import adapters, files, health, jobs, models, workers
+from graft.routes import adapters, files, health, jobs, models, preview, workers
 from graft.settings import Settings
 from graft.storage import DatabaseStorage
 
@@ -67,7 +67,7 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         },
     )
     app.state.service = Service(settings, database, storage, catalogue, housekeeping)
-    for module in (files, jobs, models, adapters, workers, health):
+    for module in (files, jobs, preview, models, adapters, workers, health):
         app.include_router(module.router)
     _answer_errors(app)
     app.add_middleware(Edge, max_upload=settings.max_upload_bytes)
@@ -189,6 +189,7 @@ _SECTIONS: dict[str, type[schemas.Request]] = {
     "method.supervised": schemas.SupervisedRequest,
     "method.supervised.hyperparameters": schemas.HyperparametersRequest,
     "early_stopping": schemas.EarlyStoppingRequest,
+    "supervision": schemas.SupervisionRequest,
     "hyperparameters": schemas.HyperparametersRequest,
 }
 # What PEFT and other services call the fields of `lora`.

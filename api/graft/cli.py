@@ -1,4 +1,4 @@
-"""`graft serve | worker | migrate | keys | projects | workers | bench`: the operator's commands."""
+"""`graft serve | worker | migrate | files | keys | projects | workers | bench`: the operator's commands."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         "worker", _worker, "Start a worker: of Celery if GRAFT_BROKER_URL is set, otherwise one that asks the database."
     )
     command("migrate", _migrate, "Bring the database to this version.")
+    files = command("files", _files, "Show which tokens of a training file a base model would learn.")
+    files.add_argument("action", choices=["preview"])
+    files.add_argument("file", type=Path, help="the .jsonl on this machine; it is not uploaded")
+    files.add_argument("--model", metavar="M", required=True, help="a base model of the catalogue")
+    files.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows (default: 3)")
+    files.add_argument("--line", metavar="L", type=int, default=1, help="from which line on (default: 1)")
     keys = command("keys", _keys, "Make, list and revoke API keys.")
     keys.add_argument("action", choices=["create", "list", "revoke"])
     keys.add_argument("name", nargs="?", help="create: a name for the key; revoke: its id")
@@ -188,6 +195,59 @@ def _migrate(options: argparse.Namespace, settings: Settings) -> int:
     if key is not None:
         print(f"Your API key, shown only now: {key}")
     return 0
+
+
+def _files(options: argparse.Namespace, settings: Settings) -> int:
+    # Imported late: the other commands need no tokenizer.
+    from graft import audit, resolve
+    from graft.catalogue import load_catalogue
+    from graft.recipe import SOME_DAY
+
+    base = load_catalogue(settings.models).resolve(options.model)
+    try:
+        with options.file.open("rb") as file:
+            rows = list(resolve.lines_of(iter(lambda: file.read(1 << 20), b""), options.line, options.rows))
+    except OSError as error:
+        raise ConfigurationError(f"The file {options.file} cannot be read: {error.strerror}.") from error
+    wanted = audit.Options(
+        train_on_inputs=False,
+        max_seq_length=base.context_length,
+        context_length=base.context_length,
+        truncation="truncate_right",
+        today=SOME_DAY,
+    )
+    try:
+        found = audit.preview(base, rows, wanted)
+    except audit.AuditFault as fault:
+        raise ConfigurationError(fault.message) from fault
+    except audit.AuditUnavailable as unavailable:
+        raise ConfigurationError(f"{base.id} cannot be written with here: {unavailable.reason}.") from unavailable
+    learnt = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
+    faults = 0
+    for row in found["rows"]:
+        for number, example in enumerate(row["examples"], start=1):
+            several = f", example {number} of {len(row['examples'])}" if len(row["examples"]) > 1 else ""
+            print(
+                f"line {row['line']}{several}: {example['trained_tokens']} tokens are learnt, "
+                f"{example['context_tokens']} read, {example['truncated_tokens']} cut"
+            )
+            print("".join(_stretches(example["tokens"], *learnt)))
+        if row["error"] is not None:
+            faults += 1
+            print(f"line {row['line']}: {row['error']['message']}")
+    return 1 if faults else 0
+
+
+def _stretches(tokens: Iterable[dict[str, Any]], begin: str, end: str) -> Iterator[str]:
+    """The text, with what is learnt between `begin` and `end`."""
+    inside = False
+    for token in tokens:
+        if bool(token["weight"]) != inside:
+            inside = not inside
+            yield begin if inside else end
+        yield token["text"]
+    if inside:
+        yield end
 
 
 def _keys(options: argparse.Namespace, settings: Settings) -> int:

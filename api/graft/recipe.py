@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ALL_LINEAR = "all-linear"
+SOME_DAY = "2026-01-01"
 
 Quantization = Literal["none", "nf4"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -51,7 +52,8 @@ class Recipe:
     `batch_size` counts conversations per step. Each step is cut into micro-batches of at most `micro_batch_tokens`
     tokens (fewer where memory is short: the plan of the job's first start says, and its checkpoints remember), and the
     loss is normalised by the trained tokens of the whole step. With `packing` conversations stand one after another,
-    none seeing another; without, each is filled to the length of the longest beside it.
+    none seeing another; without, each is filled to the length of the longest beside it. The three shares `max_...` say
+    how many of the rows may teach nothing, end without a token that ends the turn, or lose something to the template.
     """
 
     base_model: str
@@ -72,6 +74,11 @@ class Recipe:
     quantization: Quantization = "nf4"
     train_on_inputs: bool = False
     gradient_checkpointing: bool = True
+    # What chat templates that ask for the date are told: the day on which the job was made, on whatever day it runs.
+    today: str = SOME_DAY
+    max_untrained: float = 0.05
+    max_without_end: float = 0.05
+    max_left_out: float = 0.05
     validation_split: float = 0.0
     n_evals: int = 10
     early_stopping: EarlyStopping | None = None

@@ -53,9 +53,10 @@ class MethodRequest(Request):
 
 
 class LoraRequest(Request):
-    """The adapter. `alpha` left out means 2 r. `target_modules`: `all-linear`, or names of linear layers."""
+    """The adapter. `alpha` left out means 2 r. `r` auto: 32 where rank 16 has fewer parameters than there are tokens to
+    learn, else 16. `target_modules`: `all-linear`, or names of linear layers."""
 
-    r: int = Field(default=16, ge=1, le=256)
+    r: Auto | Annotated[int, Field(ge=1, le=256)] = 16
     alpha: float | None = Field(default=None, ge=1, le=512)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=32)] = (
@@ -78,6 +79,7 @@ class SupervisionRequest(Request):
 
     max_untrained: float = Field(default=0.05, ge=0.0, le=1.0)
     max_without_end: float = Field(default=0.05, ge=0.0, le=1.0)
+    max_left_out: float = Field(default=0.05, ge=0.0, le=1.0)
 
 
 class JobCreate(Request):
@@ -245,6 +247,114 @@ class MethodObject(BaseModel):
     supervised: SupervisedObject
 
 
+class PreviewRequest(Request):
+    """Body of `POST /v1/fine_tuning/preview`: which rows of which file, as which base model would learn them."""
+
+    model: str = Field(min_length=1)
+    training_file: str = Field(min_length=1, max_length=128)
+    rows: int = Field(default=5, ge=1, le=20)
+    first_line: int = Field(default=1, ge=1)
+    max_seq_length: Auto | Annotated[int, Field(ge=128)] = "auto"
+    truncation: Truncation = "truncate_right"
+    train_on_inputs: Auto | bool = "auto"
+
+
+class PreviewToken(BaseModel):
+    """`text` is what the token adds to the text; of a character in several tokens the last one has it. `weight` 1: the
+    model learns to write it. `cut`: it lies beyond max_seq_length."""
+
+    id: int
+    text: str
+    weight: Literal[0, 1]
+    cut: bool
+
+
+class PreviewExample(BaseModel):
+    """One example. `has_end`: what is learnt ends with the token that ends an answer."""
+
+    tokens: list[PreviewToken]
+    tokens_not_shown: int
+    trained_tokens: int
+    context_tokens: int
+    truncated_tokens: int
+    has_end: bool
+    control_tokens_spelt: bool
+    template_leaves_out: bool
+
+
+class PreviewFault(BaseModel):
+    """Why a row cannot be learnt from."""
+
+    code: str
+    path: str
+    message: str
+
+
+class PreviewRow(BaseModel):
+    """One row: an example, or several where the chat template rewrites earlier turns."""
+
+    line: int
+    error: PreviewFault | None
+    examples: list[PreviewExample]
+
+
+class PreviewObject(BaseModel):
+    """What would be learnt from the rows, token by token."""
+
+    object: Literal["fine_tuning.preview"] = "fine_tuning.preview"
+    model: str
+    base_model: str
+    training_file: str
+    max_seq_length: int
+    truncation: Truncation
+    train_on_inputs: bool
+    rows: list[PreviewRow]
+
+
+class DeviceEstimate(BaseModel):
+    """What the job takes on one device. `worker` None: no worker is there, and a reference stands in for one. Where it
+    does not fit, `refusal` says what to change. Seconds are from the claim to the result."""
+
+    device: str
+    worker: str | None
+    fits: bool
+    refusal: str | None
+    peak_bytes: int
+    needs_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    step_seconds: float
+    gpu_hours: float
+    learnt_from_jobs: int
+
+
+class EstimateObject(BaseModel):
+    """What a job will take, before there is one. Tokens are those of all epochs; `exact` is false where a part of a
+    large file stands for the whole, or where rows are held out by chance. From `steps` on, fields are those of the
+    first of `devices`."""
+
+    object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
+    model: str
+    base_model: str
+    hyperparameters: HyperparametersObject
+    recipe: dict[str, Any]
+    audit: dict[str, Any]
+    exact: bool
+    examples: int
+    validation_examples: int
+    trained_tokens: int
+    tokens: int
+    steps: int
+    fits: bool
+    peak_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    gpu_hours: float
+    devices: list[DeviceEstimate]
+
+
 class Progress(BaseModel):
     """Graft's own: how far a job is."""
 
@@ -253,7 +363,7 @@ class Progress(BaseModel):
 
 
 class JobObject(BaseModel):
-    """OpenAI's FineTuningJob, and Graft's `base_model`, `adapter_id`, `progress`, `attempt` and `recipe`."""
+    """OpenAI's FineTuningJob, and Graft's `base_model`, `adapter_id`, `progress`, `attempt`, `recipe` and `audit`."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"

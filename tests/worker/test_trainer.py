@@ -228,9 +228,9 @@ def test_what_was_done_to_the_data_is_said(
     logged = " ".join(event.message for event in events if isinstance(event, Log))
     for words in (
         "max_seq_length 512 exceeds the model's context; 64 is used",
-        "1 of 24 training conversations were cut",
-        "1 of 24 training conversations hold nothing to learn and are left out; the first are on lines 1.",
-        "1 of 24 training conversations spell a control token",
+        "1 of 24 training rows were cut on the right to fit max_seq_length 64",
+        "1 of 24 training rows hold nothing to learn and are left out (line 1)",
+        "1 of 24 training rows spell a control token",
     ):
         assert words in logged
 

@@ -10,6 +10,13 @@ FailureCode = Literal[
     "unsafe_weights",  # pickles only; safetensors is the one format that is read
     "no_chat_template",  # the tokenizer does not say how a conversation is written
     "unsupported_chat_template",  # it says so in a way that hides where an answer begins, or refuses a conversation
+    "unsafe_template",  # it reaches for what leads out of its sandbox
+    "template_timeout",  # it takes more time or memory than a conversation may
+    "template_drops_content",  # it leaves out what too many conversations say
+    "no_end_of_turn",  # too many conversations end without the token that ends an answer
+    "no_end_token",  # the tokenizer names no token that ends a text
+    "row_too_long",  # over max_seq_length, where the truncation policy is "error"
+    "unsupported_format",  # rows of a kind that is not trained on here
     "invalid_file_format",  # a line of the training or validation file is not a conversation
     "control_token_in_content",  # a message spells a control token, and this tokenizer cannot write it as plain text
     "no_trainable_tokens",  # too many conversations leave nothing to learn from

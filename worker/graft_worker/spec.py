@@ -14,7 +14,8 @@ from graft.recipe import Recipe
 class TrainingSpec:
     """One job as the engine receives it. Paths are local; `work_dir` is the job's own and is made if missing.
 
-    `base_model_name` is what the adapter's config names as its base; `extras` go into the manifest as they are.
+    `base_model_name` is what the adapter's config names as its base; `extras` go into the manifest as they are. Tokens
+    are kept in `token_cache`, or beside the files where there is none.
     """
 
     job_id: str
@@ -27,6 +28,8 @@ class TrainingSpec:
     validation_file: Path | None
     work_dir: Path
     resume_from: Path | None = None
+    token_cache: Path | None = None
+    token_cache_bytes: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -40,6 +43,6 @@ class TrainingSpec:
         """The inverse of `to_json`."""
         paths = {
             name: None if data[name] is None else Path(data[name])
-            for name in ("training_file", "validation_file", "work_dir", "resume_from")
+            for name in ("training_file", "validation_file", "work_dir", "resume_from", "token_cache")
         }
         return cls(**{**data, **paths, "recipe": Recipe.from_json(data["recipe"])})

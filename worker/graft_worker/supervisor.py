@@ -245,6 +245,8 @@ class Supervisor:
             else run.stage_file(claim.validation_file, work_dir / "validation.jsonl", "validation_file"),
             work_dir=work_dir / "train",
             resume_from=run.stage_state(work_dir),
+            token_cache=self._settings.token_cache,
+            token_cache_bytes=self._settings.token_cache_bytes,
             extras={"fine_tuned_model": claim.model_name},
         )
 

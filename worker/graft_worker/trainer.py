@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,12 +23,14 @@ from torch import nn
 
 from graft.planner import Plan
 from graft.recipe import EarlyStopping, Recipe
+from graft.supervision import Limits, remarks
+from graft.tokens import TokenCache
 from graft_kernels.adamw import AdamW
 from graft_worker import checkpoint, export, lora, planning
 from graft_worker.base_model import BaseModel
 from graft_worker.batches import Batching, MicroBatch, epoch_order, pack, rows_of_step
 from graft_worker.checkpoint import Progress
-from graft_worker.data import EncodedDataset, Row, encode_file, split_rows
+from graft_worker.data import EncodedDataset, Row, Rows, encode_file, longest_first, split_rows
 from graft_worker.decoder import Decoder, UnsupportedModel
 from graft_worker.failures import TrainingFailure
 from graft_worker.spec import TrainingSpec
@@ -155,14 +157,14 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             message=f"max_seq_length {recipe.max_seq_length} exceeds the model's context; {max_seq_length} is used.",
         )
     training, validation = _encode(spec, base, max_seq_length)
-    rows, valid_rows = training.rows, () if validation is None else validation.rows
+    rows, valid_rows = training.rows, training.rows[:0] if validation is None else validation.rows
     if validation is None and recipe.validation_split > 0:
         rows, valid_rows = split_rows(rows, recipe.validation_split, recipe.seed)
     if recipe.early_stopping is not None and not valid_rows:
         raise TrainingFailure("no_validation_data", "Early stopping needs a validation file or a validation_split.")
-    yield from _remarks(training, "training")
+    yield from _remarks(training, "training", max_seq_length, recipe)
     if validation is not None:
-        yield from _remarks(validation, "validation")
+        yield from _remarks(validation, "validation", max_seq_length, recipe)
 
     steps_per_epoch = math.ceil(len(rows) / recipe.batch_size)
     total_steps = recipe.n_epochs * steps_per_epoch
@@ -176,8 +178,8 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
         num_validation_rows=len(valid_rows),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        trained_tokens_per_epoch=sum(row.num_trained for row in rows),
-        tokens_per_epoch=sum(len(row.input_ids) for row in rows),
+        trained_tokens_per_epoch=rows.num_trained,
+        tokens_per_epoch=rows.num_tokens,
     )
     provenance = export.Provenance(
         job_id=spec.job_id,
@@ -216,7 +218,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             yield Log(level="info", message=f"Resumed at step {progress.step} of {total_steps}.")
 
         # The network, and what the memory of this device lets it keep
-        lengths = [len(row.input_ids) for row in (*rows, *valid_rows)]
+        lengths = [*rows.lengths, *valid_rows.lengths]
         network, reason = _network(base, recipe, parameters, max(lengths))
         if reason:
             yield Log(
@@ -230,7 +232,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
             try:
                 with _memory_guard("the rehearsal of the largest micro-batch", recipe):
-                    _rehearse(network, batching, [*rows, *valid_rows], device)
+                    _rehearse(network, batching, longest_first(rows, valid_rows), min(lengths), device)
                 progress.head_chunk_rows = plan.head_chunk_rows
                 break
             except TrainingFailure as failure:
@@ -460,7 +462,7 @@ def _plan(
     recipe: Recipe,
     network: Network,
     lengths: list[int],
-    rows: Sequence[Row],
+    rows: Rows,
     progress: Progress,
     share: float,
 ) -> tuple[Batching, Plan | None]:
@@ -472,22 +474,25 @@ def _plan(
             network.head_chunk_rows = progress.head_chunk_rows
             planning.follow_without_plan(network, recipe)
         return stored or planning.default_batching(recipe, lengths, mode), None
-    trained = sum(row.num_trained for row in rows)
-    own = [len(row.input_ids) for row in rows]
-    work = planning.work_of(recipe, own, max(lengths), trained, stored, progress.head_chunk_rows)
+    work = planning.work_of(recipe, rows.lengths, max(lengths), rows.num_trained, stored, progress.head_chunk_rows)
     plan = planning.make_plan(base, recipe, work, share)
     planning.follow(network, plan, recipe)
     return stored or planning.batching_of(plan, mode), plan
 
 
-def _rehearse(network: Network, batching: Batching, rows: Sequence[Row], device: torch.device) -> None:
+def _rehearse(
+    network: Network, batching: Batching, longest_first: Iterable[Row], shortest: int, device: torch.device
+) -> None:
     """Run the largest micro-batch there can be, to no effect: what memory there is not is missed now, and not later."""
     generators = torch.get_rng_state()
-    longest = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     chosen: list[Row] = []
-    for row in longest:
-        if not chosen or sum(len(each.input_ids) for each in [*chosen, row]) <= batching.token_budget:
+    room = batching.token_budget
+    for row in longest_first:
+        if not chosen or len(row.input_ids) <= room:
             chosen.append(row)
+            room -= len(row.input_ids)
+        if room < shortest:
+            break
     batch = _largest(chosen, batching)
     network.accumulate(batch.to(device), 1.0)
     network.clear_gradients()
@@ -508,32 +513,30 @@ def pad_token_id(base: BaseModel) -> int:
 
 
 def _encode(spec: TrainingSpec, base: BaseModel, max_seq_length: int) -> tuple[EncodedDataset, EncodedDataset | None]:
-    options: dict[str, Any] = {"max_seq_length": max_seq_length, "train_on_inputs": spec.recipe.train_on_inputs}
+    recipe = spec.recipe
+    options: dict[str, Any] = {
+        "max_seq_length": max_seq_length,
+        "train_on_inputs": recipe.train_on_inputs,
+        "truncation": recipe.truncation,
+        "today": recipe.today,
+        "limits": Limits(
+            max_untrained=recipe.max_untrained,
+            max_without_end=recipe.max_without_end,
+            max_left_out=recipe.max_left_out,
+        ),
+        "cache": None if spec.token_cache is None else TokenCache(spec.token_cache, spec.token_cache_bytes),
+    }
     training = encode_file(spec.training_file, base.tokenizer, **options)
     if spec.validation_file is None:
         return training, None
     return training, encode_file(spec.validation_file, base.tokenizer, **options, param="validation_file")
 
 
-def _remarks(dataset: EncodedDataset, name: str) -> Iterator[Log]:
-    found = dataset.statistics
-    if found.num_truncated:
-        yield Log(
-            level="warn",
-            message=f"{found.num_truncated} of {found.num_rows} {name} conversations were cut at max_seq_length.",
-        )
-    if found.num_skipped:
-        yield Log(
-            level="warn",
-            message=f"{found.num_skipped} of {found.num_rows} {name} conversations hold nothing to learn and are left "
-            f"out; the first are on lines {', '.join(map(str, found.first_skipped_lines))}.",
-        )
-    if found.num_escaped:
-        yield Log(
-            level="warn",
-            message=f"{found.num_escaped} of {found.num_rows} {name} conversations spell a control token of the base "
-            "model in a message; it is trained as plain text.",
-        )
+def _remarks(dataset: EncodedDataset, name: str, max_seq_length: int, recipe: Recipe) -> Iterator[Log]:
+    """What deserves a look; the numbers are in `DataReady`."""
+    for level, message in remarks(dataset.facts, name, max_seq_length=max_seq_length, truncation=recipe.truncation):
+        if level == "warn":
+            yield Log(level="warn", message=f"{message}.")
 
 
 def _note_evaluation(progress: Progress, stopping: EarlyStopping | None) -> bool:

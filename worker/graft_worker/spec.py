@@ -15,6 +15,10 @@ class TrainingSpec:
     """One job as the engine receives it. Paths are local; `work_dir` is the job's own and is made if missing.
 
     `base_model_name` is what the adapter's config names as its base; `extras` go into the manifest as they are.
+
+    State is saved at every evaluation, and besides after `checkpoint_seconds` without, or every `checkpoint_steps`
+    steps. `smaller_plans` counts how often memory ran out. `first_plan` is what the job's first start decided, for a
+    job that has no checkpoint yet to remember it: `micro_batch_tokens` and `head_chunk_rows`.
     """
 
     job_id: str
@@ -27,6 +31,10 @@ class TrainingSpec:
     validation_file: Path | None
     work_dir: Path
     resume_from: Path | None = None
+    checkpoint_seconds: float | None = None
+    checkpoint_steps: int | None = None
+    smaller_plans: int = 0
+    first_plan: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from sqlalchemy import text
 
 from graft.db import Database
 from graft.models import Job
-from graft_worker.processes import scratch_folder
 from graft_worker.engine_process import EngineLost, EngineProcess
+from graft_worker.processes import scratch_folder
 
 from .processes import Service, Worker, cut, gone, wait_for
 

@@ -32,9 +32,10 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
+bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed, the service's cost
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/overhead.py
 
 format: .venv/installed  ## put the code into shape
 	$(BIN)/ruff format .

@@ -6,10 +6,14 @@ fail on demand; what the real one does is in tests/test_processes.py and tests/t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from sqlalchemy import select
 from graft import jobs, workers
 from graft.db import Database
 from graft.jobs import Claim
-from graft.models import BlobChunk, Desired, Job, JobEvent, Worker
+from graft.models import Adapter, AdapterFile, BlobChunk, Desired, Job, JobEvent, Worker
 from graft.settings import Settings
 from graft.storage import DatabaseStorage, Stored
 from graft_worker import archive
@@ -211,7 +215,7 @@ def test_a_job_that_outgrew_this_device_waits_for_a_larger_one_and_says_so(house
     assert (house.job(fresh).status, house.job(fresh).error_code) == ("failed", "out_of_memory")
 
 
-@pytest.mark.parametrize("code", ["disk_full", "device_fault"])
+@pytest.mark.parametrize("code", ["disk_full", "device_fault", "base_model_unavailable"])
 def test_a_passing_fault_is_tried_again_and_in_the_end_fails_by_its_name(house: House, code: str) -> None:
     job_id = given.queued_job(house.database)
     for number in range(1, house.settings.max_recoveries + 1):
@@ -382,6 +386,99 @@ def test_steps_that_an_earlier_attempt_told_of_are_not_told_again(house: House) 
         query = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
         told = [data["step"] for data in session.scalars(query.order_by(JobEvent.seq)) if data]
     assert told == [1, 2, 3, 4]
+
+
+def die_at_write(database: Database, moment: int) -> None:
+    """SIGKILL this process before (odd) or after (even) a commit."""
+    original, count = database.write, 0
+
+    @contextlib.contextmanager
+    def write() -> Iterator[Any]:
+        nonlocal count
+        with original() as session:
+            yield session
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    database.write = write  # type: ignore[method-assign]
+
+
+def test_a_kill_at_any_commit_leaves_no_half_adapter_and_the_job_comes_to_its_end(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Forked supervisors, each killed a little later than the one before, until one gets through."""
+
+    def finished(spec: dict[str, Any]) -> dict[str, Any]:
+        folder = Path(spec["work_dir"]) / "adapter"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"the last weights")
+        (folder.parent / "result.csv").write_text("step\n2\n")
+        return {
+            "kind": "finished",
+            "adapter_dir": str(folder),
+            "adapter_step": 2,
+            "weights": "last",
+            "result_csv": str(folder.parent / "result.csv"),
+            "steps": 2,
+            "stopped_early": False,
+            "trained_tokens": 10,
+            "seconds": 1.0,
+            "initial_valid_loss": None,
+            "final_metrics": {},
+            "best_metrics": {},
+            "measured": {},
+        }
+
+    database = Database(database_url)
+    database.migrate()
+    house = House(database, tmp_path)
+    job_id = given.queued_job(database)
+    kills = 0
+    for moment in range(1, 400, 3):
+        database.dispose()
+        child = os.fork()
+        if child == 0:
+            try:
+                (tmp_path / str(moment)).mkdir()
+                theirs = House(Database(database_url), tmp_path / str(moment), heartbeat_seconds=10.0)
+                with theirs.database.write() as session:
+                    session.get_one(Job, job_id).not_before = 0.0
+                die_at_write(theirs.database, moment)
+                theirs.run(job_id, [began(), step(1), saved(1), step(2), finished])
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)  # never back into pytest
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        kills += os.WIFSIGNALED(status)
+        with database.read() as session:
+            for row in session.scalars(select(AdapterFile)):
+                assert len(b"".join(house.storage.read(row.sha256))) == row.bytes
+            finals = list(session.scalars(select(Adapter).where(Adapter.is_final)))
+        job = house.job(job_id)
+        assert (len(finals) == 1) == (job.status == "succeeded") == (job.fine_tuned_model is not None)
+        if job.status == "succeeded":
+            break
+        with database.write() as session:
+            row = session.get_one(Job, job_id)
+            if row.status == "running":
+                row.lease_until, row.recoveries = 0.0, 0
+                session.flush()
+                assert jobs.reap(session, max_recoveries=3) == [job_id]
+    assert kills > 5
+    assert job.status == "succeeded"
+    with database.read() as session:
+        told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
+    assert told.count("The job has successfully completed") == 1
+    house.supervisor.close()
+    database.dispose()
 
 
 # -- asked to stop ---------------------------------------------------------------------------------------------------

@@ -133,8 +133,9 @@ class Stopped:
 class Finished:
     """The adapter is in `adapter_dir`: the last weights, or the best ones where early stopping watched for them.
 
-    `measured`: peak_bytes, and of this attempt's steps but the first step_seconds and tokens_per_second. Bytes are the
-    allocator's on a GPU, on a CPU what the process grew by, base model included.
+    `measured`: peak_bytes; loop_seconds of this attempt, from `Began` to here with all waiting; and step_seconds and
+    tokens_per_second of its steps but the first. Bytes are the allocator's on a GPU, on a CPU what the process grew by,
+    base model included.
     """
 
     adapter_dir: str
@@ -295,6 +296,7 @@ def train(
             batching=progress.batching,
         )
 
+        loop_began = time.monotonic()
         saver = Saver(spec, run_id)
 
         def save_checkpoint(generators: dict[str, Any], *, wanted: bool) -> Iterator[Event]:
@@ -456,7 +458,11 @@ def train(
             initial_valid_loss=progress.initial_valid_loss,
             final_metrics=progress.last,
             best_metrics=progress.best,
-            measured={"peak_bytes": memory.peak(), **_pace(paces)},
+            measured={
+                "peak_bytes": memory.peak(),
+                "loop_seconds": time.monotonic() - loop_began,
+                **_pace(paces),
+            },
         )
     except Exception:
         if saver is not None:

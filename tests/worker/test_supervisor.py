@@ -23,11 +23,15 @@ from sqlalchemy import select
 
 from graft import jobs, workers
 from graft.db import Database
+from graft.errors import ConfigurationError
 from graft.jobs import Claim
 from graft.models import Adapter, AdapterFile, BlobChunk, Desired, Job, JobEvent, Worker
+from graft.recipe import Recipe
 from graft.settings import Settings
 from graft.storage import DatabaseStorage, Stored
-from graft_worker import archive
+from graft_worker import archive, supervisor
+from graft_worker import engine as engine_module
+from graft_worker.engine import Engine
 from graft_worker.engine_process import EngineLost
 from graft_worker.failures import named
 from graft_worker.presence import Presence
@@ -46,6 +50,7 @@ class ScriptedEngine:
         self.device: dict[str, Any] | None = None
         self.holds: str | None = None
         self.is_alive = True
+        self.measured = threading.Event()
         self.sent: list[str] = []
         self.specs: list[dict[str, Any]] = []
         self._scripts = iter(scripts)
@@ -53,6 +58,8 @@ class ScriptedEngine:
 
     def send(self, kind: str, **fields: Any) -> None:
         self.sent.append(kind)
+        if kind == "measure":
+            self.measured.set()
         if kind == "run":
             self.specs.append(fields["spec"])
             self._script = list(next(self._scripts))
@@ -510,14 +517,13 @@ def test_a_pause_waits_for_the_checkpoint_and_ends_in_paused(house: House) -> No
 
 
 def test_a_gpu_goes_back_whole_after_a_pause_unless_another_job_takes_it(house: House) -> None:
-    supervisor = house.supervisor
-    supervisor._presence.device_bytes = 1000
+    house.supervisor._presence.device_bytes = 1000
     for other in (True, False):
         engine = house.engine([failed("no_trainable_tokens")])
-        supervisor._was_paused = True
+        house.supervisor._was_paused = True
         if other:
             given.queued_job(house.database)
-        assert supervisor.run_next() is other
+        assert house.supervisor.run_next() is other
         assert engine.is_alive is other
 
 
@@ -560,6 +566,45 @@ def test_the_registry_knows_what_the_worker_has_and_does(house: House) -> None:
         assert [each.id for each in workers.alive(session, 10.0)] == ["worker-1"]
     house.supervisor.close()
     assert row_of(house, "worker-1") is None
+
+
+def test_with_a_gpu_nothing_is_claimed_before_it_is_measured(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_expects_gpu", lambda _: True)
+    engine = house.engine([failed("no_trainable_tokens")])
+    engine.device = {"device": "A card", "device_bytes": 1000, "rates": {"gemm": 1.0, "copy": 1.0, "link": 1.0}}
+    house.supervisor.start()
+    assert engine.sent == ["measure"]
+    row = row_of(house, "worker-1")
+    assert row is not None
+    assert (row.device, row.device_bytes) == ("A card", 1000)
+    job_id = given.new_job(house.database)
+    with house.database.write() as session:
+        assert jobs.queue(session, job_id, Recipe(base_model="tiny"), [], needs_bytes=1001)
+    assert not house.supervisor.run_next()
+    engine.device = {"device": None, "device_bytes": None, "rates": None}
+    with pytest.raises(ConfigurationError, match="The device cuda cannot be used"):
+        house.supervisor.start()
+
+
+def test_work_without_steps_is_a_sign_of_life_and_waiting_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "WORKING_SECONDS", 0.02)
+    commands, messages = os.pipe(), os.pipe()
+    engine = Engine(commands[0], messages[1], Settings())
+    readings = iter([0.0, 0.2, 0.4, 5.0, 9.0])
+    asked = threading.Event()
+
+    def meter() -> float:
+        found = next(readings, None)
+        if found is None:
+            asked.set()
+        return 9.0 if found is None else found
+
+    with engine._working(meter, 1.0):
+        assert asked.wait(10)
+    os.close(commands[1])
+    os.set_blocking(messages[0], False)
+    assert os.read(messages[0], 1000) == b'{"kind": "alive"}\n' * 2
+    os.close(messages[0])
 
 
 def test_a_row_that_was_swept_comes_back_with_the_next_beat(house: House) -> None:

@@ -9,6 +9,7 @@ is the right to train: the process ends at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -20,6 +21,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from graft import logs
@@ -31,6 +34,8 @@ from graft_worker.spec import TrainingSpec
 log = logging.getLogger(__name__)
 
 ALIVE_SECONDS = 1.0
+# Loading a model and reading a dataset are no training, and may take hours: this often it is looked whether they do.
+WORKING_SECONDS, WORKING_BYTES, WORKING_CPU_SECONDS = 10.0, 1 << 20, 0.5
 
 
 class Engine:
@@ -43,6 +48,7 @@ class Engine:
         self._todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._stop_reason: str | None = None
         self._said = 0.0
+        self._saying = threading.Lock()
         self._is_measured = False
         self._base: Any = None
         self._base_key: tuple[Any, ...] | None = None
@@ -74,8 +80,10 @@ class Engine:
         os._exit(1)  # not sys.exit: the main thread may be deep inside a training step
 
     def _say(self, kind: str, **fields: Any) -> None:
-        self._said = time.monotonic()
-        self._messages.write(json.dumps({"kind": kind, **fields}) + "\n")
+        line = json.dumps({"kind": kind, **fields}) + "\n"
+        with self._saying:
+            self._said = time.monotonic()
+            self._messages.write(line)
 
     def _interrupted(self) -> bool:
         """Asked after every micro-batch: a sign that the training moves on, and time to look whether it is to stop."""
@@ -83,14 +91,41 @@ class Engine:
             self._say("alive")
         return self._stop_reason is not None
 
+    @contextlib.contextmanager
+    def _working(self, meter: Callable[[], float], least: float) -> Iterator[None]:
+        """Say `alive` as long as the meter rises by so much each time: work that has no steps to tell of."""
+        done = threading.Event()
+
+        def watch() -> None:
+            before = meter()
+            while not done.wait(WORKING_SECONDS):
+                if (reading := meter()) - before >= least:
+                    self._say("alive")
+                before = reading
+
+        thread = threading.Thread(target=watch, name="working", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def _one_job(self, spec: TrainingSpec) -> None:
         import torch
 
         from graft_worker.trainer import train
 
         try:
-            base = self._warm_base(spec)
-            for event in train(spec, base, lambda: self._stop_reason, self._interrupted):
+            with self._working(_bytes_moved, WORKING_BYTES):
+                base = self._warm_base(spec)
+            events = train(spec, base, lambda: self._stop_reason, self._interrupted)
+            with self._working(time.process_time, WORKING_CPU_SECONDS):
+                for event in events:
+                    self._say(**dataclasses.asdict(event))
+                    if event.kind == "data_ready":
+                        break
+            for event in events:
                 self._say(**dataclasses.asdict(event))
         except Exception as error:
             failure = named(error)
@@ -171,6 +206,14 @@ class Engine:
                 "device_unavailable", f"The worker cannot use the device '{name}': {reason}"
             ) from error
         return name
+
+
+def _bytes_moved() -> float:
+    """That this process has read and written so far, from files and from the network."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        return float(sum(int(line.split()[1]) for line in lines if line.startswith(("rchar", "wchar"))))
+    return 0.0
 
 
 def main() -> None:

@@ -175,6 +175,7 @@ class Supervisor:
         if self.stop.is_set() or not self._busy.acquire(blocking=False):
             return False
         try:
+            self._describe()  # a CPU is measured when its first job has ended
             claim = self._claim(job_id)
             if claim is None:
                 if self._was_paused and job_id is None:

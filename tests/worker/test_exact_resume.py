@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from graft.recipe import EarlyStopping, LoraSettings
-from graft_worker import checkpoint
+from graft_worker import checkpoint, trainer
 from graft_worker.base_model import BaseModel
+from graft_worker.failures import TrainingFailure
 from graft_worker.spec import TrainingSpec
 from graft_worker.trainer import CheckpointSaved, Finished, Log, StepMetrics, Stopped, train
 
@@ -87,8 +88,8 @@ def test_a_stop_in_the_middle_of_a_step_or_an_evaluation_costs_no_bit(
     stopped = first[-1]
     assert isinstance(stopped, Stopped)
     done = [event.step for event in first if isinstance(event, StepMetrics)]
-    # It did not go on to the end of the step: asked between two micro-batches, it stopped there.
-    assert asked == calls
+    # Asked between two micro-batches, it stopped there; after a step's last one, it asked at most once more.
+    assert calls <= asked <= calls + 1
     saved = [event for event in first if isinstance(event, CheckpointSaved)][-1]
     assert saved.step == stopped.step
     second = list(train(make_spec("second", resume_from=Path(saved.path), **settings), base, lambda: None))
@@ -122,6 +123,40 @@ def test_memory_that_runs_out_before_a_checkpoint_cuts_steps_anew_and_afterwards
     )
     assert next(event for event in second if event.kind == "began").batching["token_budget"] == 256
     assert adapter_of(second[-1]) == adapter_of(whole[-1])
+
+
+def test_what_the_first_start_decided_holds_until_it_does_not_fit(
+    make_spec: MakeSpec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_plan = {"micro_batch_tokens": 130, "head_chunk_rows": 128}
+
+    def began(name: str) -> tuple[Any, list[str]]:
+        run = train(make_spec(name, first_plan=first_plan), base, lambda: None)
+        logged = []
+        for event in run:
+            if isinstance(event, Log):
+                logged.append(event.message)
+            if event.kind == "began":
+                run.close()
+                return event, logged
+        raise AssertionError("it never began")
+
+    assert began("as it was")[0].batching == {"mode": "packed", "token_budget": 192, "alignment": 64}
+    saved = Path(list(train(make_spec("made"), base, stop_after(1)))[-2].path)
+    plan = trainer._plan
+
+    def refuse(*arguments: Any) -> Any:
+        if any(isinstance(each, checkpoint.Progress) and each.batching for each in arguments):
+            raise TrainingFailure("out_of_memory", "The job needs at least 2 GiB.", needs_bytes=2 << 30)
+        return plan(*arguments)
+
+    monkeypatch.setattr(trainer, "_plan", refuse)
+    event, logged = began("anew")
+    assert event.batching["token_budget"] != 192
+    assert "Steps are cut anew for this device. The job needs at least 2 GiB." in logged
+    with pytest.raises(TrainingFailure) as caught:
+        list(train(make_spec("larger", resume_from=saved), base, lambda: None))
+    assert caught.value.needs_bytes == 2 << 30
 
 
 def stop_after(steps: int) -> Callable[[], str | None]:

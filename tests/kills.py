@@ -28,10 +28,10 @@ ENVIRONMENT = {
     "GRAFT_MAX_RECOVERIES": "100",
     "GRAFT_CHECKPOINT_STEPS": "5",
 }
-STEPS = 64
+STEPS = 40
 WORKERS = 2
 JOBS_AT_ONCE = 3
-END_SECONDS = 120.0
+END_SECONDS = 400.0  # of a machine that has much else to do
 
 
 @dataclass
@@ -102,17 +102,17 @@ def campaign(service: Service, environment: dict[str, str], *, kills: int, seed:
     rng = random.Random(seed)
     outcome = Outcome(seed)
     began = time.monotonic()
-    training_file = service.upload(cut(service.folder / "train.jsonl", 32))
+    training_file = service.upload(cut(service.folder / "train.jsonl", 16))
 
     def create() -> str:
         body = {"n_evals": 2, "packing": bool(len(created) % 2)}
-        created.append(service.create(training_file, n_epochs=4, batch_size=2, extra_body=body).id)
+        created.append(service.create(training_file, n_epochs=5, batch_size=2, extra_body=body).id)
         return created[-1]
 
     created: list[str] = []
     with crew(service, environment) as workers:
         # One of each kind, with nobody in its way.
-        expected = [service.weights_sha256(service.wait_for_end(create())) for _ in range(2)]
+        expected = [service.weights_sha256(service.wait_for_end(create(), END_SECONDS)) for _ in range(2)]
         steps = service.job(created[0]).progress["step"]  # type: ignore[attr-defined]
         assert steps == STEPS
         live: list[str] = []

@@ -3,11 +3,14 @@
 import uuid
 from pathlib import Path
 
+import pytest
+
 from .kills import ENVIRONMENT, campaign
 from .processes import Service
 from .services import PostgresServer, RedisServer
 
 KILLS = 10
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_ten_kills_on_sqlite_lose_nothing_and_change_no_bit(tmp_path: Path) -> None:

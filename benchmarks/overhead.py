@@ -1,6 +1,6 @@
 """What the service costs a training: the same job under it, with checkpoints, and through the trainer alone without.
 
-    python benchmarks/overhead.py [--pairs 5] [--epochs 40] [--out results.txt]
+    python benchmarks/overhead.py [--pairs 3] [--epochs 20] [--out results.txt]
 
 Both train the base model that ships, from the same recipe, in a process of their own, by turns; on a GPU if there is
 one. A time is that of the loop, from the first evaluation to the result, so imports and loading are not in it; with the
@@ -76,20 +76,20 @@ def measured_of(folder: Path, job_id: str) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=40, help="of 64 rows in steps of 8")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20, help="of 32 rows in steps of 4")
     parser.add_argument("--out", type=Path, help="a file for the table")
     arguments = parser.parse_args()
     lines = [f"{'pair':>4} {'alone s':>9} {'service s':>10} {'ratio':>7}"]
     ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        training_file = cut(folder / "train.jsonl", 64)
+        training_file = cut(folder / "train.jsonl", 32)
         with Service(folder / "service") as service:
             uploaded = service.upload(training_file)
             for pair in range(1, arguments.pairs + 1):
                 body = {"n_evals": 10}
-                job = service.create(uploaded, n_epochs=arguments.epochs, batch_size=8, extra_body=body)
+                job = service.create(uploaded, n_epochs=arguments.epochs, batch_size=4, extra_body=body)
                 # A client that follows closely would cost more than the service does.
                 wait_for("the job", lambda job_id=job.id: service.job(job_id).finished_at, 3600, pause=1.0)
                 job = service.job(job.id)

@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "GRAFT_MAX_RECOVERIES": "100",
     "GRAFT_CHECKPOINT_STEPS": "5",
 }
-STEPS = 40
+STEPS = 30
 WORKERS = 2
 JOBS_AT_ONCE = 3
 END_SECONDS = 400.0  # of a machine that has much else to do
@@ -102,7 +102,7 @@ def campaign(service: Service, environment: dict[str, str], *, kills: int, seed:
     rng = random.Random(seed)
     outcome = Outcome(seed)
     began = time.monotonic()
-    training_file = service.upload(cut(service.folder / "train.jsonl", 16))
+    training_file = service.upload(cut(service.folder / "train.jsonl", 12))
 
     def create() -> str:
         body = {"n_evals": 2, "packing": bool(len(created) % 2)}

@@ -220,6 +220,10 @@ def test_a_job_that_outgrew_this_device_waits_for_a_larger_one_and_says_so(house
     fresh = given.queued_job(house.database)
     house.run(fresh, [failed("out_of_memory", needs_bytes=3000)])
     assert (house.job(fresh).status, house.job(fresh).error_code) == ("failed", "out_of_memory")
+    # What would fit if somebody else did not hold the memory is tried again.
+    fresh = given.queued_job(house.database)
+    house.run(fresh, [failed("out_of_memory", needs_bytes=1500)])
+    assert (house.job(fresh).status, house.job(fresh).recoveries) == ("queued", 1)
 
 
 @pytest.mark.parametrize("code", ["disk_full", "device_fault", "base_model_unavailable"])

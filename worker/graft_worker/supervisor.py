@@ -559,12 +559,14 @@ class Run:
 
     def _on_out_of_memory(self, failure: Failure) -> None:
         if failure.needs_bytes is not None:
-            if self.resumes_from is None or self._device_bytes is None or failure.needs_bytes <= self._device_bytes:
-                self.fail(failure)  # no plan is small enough, here or on a device like this
-                return
-            # The checkpoint's steps are cut for a larger device. It waits for one, and says so.
-            self._progress_is(needs_bytes=failure.needs_bytes)
-            self._release(f"This worker's device is too small to go on. {failure.message}", until=None)
+            if self._device_bytes is not None and failure.needs_bytes <= self._device_bytes:
+                self.recover(failure)  # somebody else holds the memory now
+            elif self._device_bytes is not None and self.resumes_from is not None:
+                # The checkpoint's steps are cut for a larger device. It waits for one, and says so.
+                self._progress_is(needs_bytes=failure.needs_bytes)
+                self._release(f"This worker's device is too small to go on. {failure.message}", until=None)
+            else:
+                self.fail(failure)  # with what would make it fit
             return
         if not self._has_checkpoint():
             self._progress_is(plan=None)  # how steps are cut may be decided anew

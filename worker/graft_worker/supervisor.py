@@ -432,7 +432,7 @@ class Run:
             if leave_by is not None and time.monotonic() > leave_by:
                 # It is loading a model, or a step takes longer than the grace: the last checkpoint will have to do.
                 engine.kill()
-                self._release(f"{leaving}; the job goes on from its last checkpoint", until=time.monotonic())
+                self._release(f"{leaving}; the job goes on with the next one", until=time.monotonic())
                 return
 
     def _handle(self, message: Message, leaving: str | None, leave_by: float | None) -> bool:

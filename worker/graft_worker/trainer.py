@@ -276,6 +276,8 @@ def train(
                 break
             except TrainingFailure as failure:
                 if failure.needs_bytes is not None:
+                    if smaller > 0:  # it is not the device that is too small, but the share of it that proved real
+                        raise TrainingFailure("out_of_memory", failure.message) from failure
                     # With a checkpoint, how steps are cut is settled, and only a larger device can go on.
                     if spec.resume_from is not None or not progress.batching:
                         raise

@@ -36,6 +36,7 @@ bench: .venv/installed  ## reader, tokeniser and service; on a GPU also every ke
 	$(BIN)/python benchmarks/reader.py
 	$(BIN)/python benchmarks/tokenizing.py
 	$(BIN)/python benchmarks/service.py
+	$(BIN)/python benchmarks/overhead.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m graft_kernels.bench && $(BIN)/python benchmarks/train.py; \
 	else echo "Skipped, for they need a GPU and torch finds none: graft_kernels.bench, benchmarks/train.py"; fi

@@ -20,10 +20,11 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 from sqlalchemy import text
 
+from graft import jobs
 from graft.db import Database
 from graft.models import Job
+from graft_worker.engine_process import EngineLost, EngineProcess
 from graft_worker.processes import scratch_folder
-from graft_worker.supervisor import EngineLost, EngineProcess
 
 from .processes import Service, Worker, cut, gone, wait_for
 
@@ -224,6 +225,42 @@ def freeze(process: psutil.Process, database: Path) -> None:
             else:
                 connection.execute("rollback")
                 return
+
+
+def test_a_hung_step_is_noticed_and_a_pause_gives_the_device_back(house: House, expected: str) -> None:
+    """An engine that is stopped in the middle of a step stands for a GPU that hangs. Then the job is paused."""
+    house.close()
+    with Service(house.folder, environment={**ENVIRONMENT, "GRAFT_STALL_SECONDS": "4"}) as service:
+        job = service.create(
+            service.upload(cut(house.folder / "train.jsonl", 16)),
+            n_epochs=3,
+            batch_size=1,
+            extra_body={"n_evals": len(CHECKPOINTS)},
+        )
+        service.wait_for_step(job.id, CHECKPOINTS[0] + 1)
+        (engine,) = service.engines()
+        engine.suspend()
+        assert gone([engine], 4 + 10) == []
+        service.wait_for_step(job.id, CHECKPOINTS[1] + 1)
+        stalls = [event.message for event in service.events(job.id) if "stalled" in event.message]
+        assert len(stalls) == 1
+        assert "The job goes back to the queue: the training stalled: no sign of it for" in stalls[0]
+
+        database = Database(f"sqlite:///{house.folder / 'graft.db'}")
+        with database.write() as session:
+            row = session.get_one(Job, job.id)
+            jobs.pause(session, row.project_id, row.id)
+        wait_for("the pause", lambda: service.job(job.id).status == "paused", 20)
+        paused_at = service.step(job.id)
+        assert paused_at < STEPS
+        with database.write() as session:
+            jobs.resume(session, row.project_id, row.id)
+        database.dispose()
+        ended = service.wait_for_end(job.id)
+        assert service.weights_sha256(ended) == expected
+        assert f"Resumed at step {paused_at} of {STEPS}." in [event.message for event in service.events(job.id)]
+        # Each step was told once, although some were trained twice.
+        assert [data["step"] for data in service.metrics(job.id)] == list(range(1, STEPS + 1))
 
 
 def test_an_engine_that_dies_at_every_start_fails_the_job_by_name(tmp_path: Path) -> None:

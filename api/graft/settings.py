@@ -39,6 +39,15 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=30.0, gt=0, description="time to write a checkpoint after SIGTERM")
     max_recoveries: int = Field(default=3, ge=0, description="lost workers a job survives without a new checkpoint")
     keep_checkpoints: int = Field(default=3, ge=1, description="resumable states kept for a job, besides the best")
+    checkpoint_seconds: float = Field(
+        default=600.0, gt=0, description="how long a job trains at most without saving its state"
+    )
+    checkpoint_steps: int | None = Field(
+        default=None, ge=1, description="save also after every so many steps; unset: evaluations and time decide"
+    )
+    stall_seconds: float = Field(
+        default=300.0, gt=0, description="least silence of an engine that counts as a stall; slow steps allow more"
+    )
     weight_cache_dir: Path | None = Field(
         default=None, description="the base models' quantised weights; data_dir/weights when unset"
     )

@@ -405,7 +405,8 @@ def rms_norm_forward(
             _forward_rows_kernel, (cdiv(tokens, block_m),),
             x, x.stride(0), residual, row_stride(residual),
             s, row_stride(s), s_out, b, weight, y, y.stride(0), z, z.stride(0), rho, tokens, width, eps,
-            PENDING_RANK=pending_rank, RANK_BLOCK=next_power_of_2(max(1, pending_rank)), KEEP_S=s is not None and s_out is not None,
+            PENDING_RANK=pending_rank, RANK_BLOCK=next_power_of_2(max(1, pending_rank)),
+            KEEP_S=pending_rank > 0 and s_out is not None,
             HAS_RESIDUAL=residual is not None, GEMMA=gemma,
             BLOCK_M=block_m, BLOCK_H=block_h, num_warps=num_warps,
         )  # fmt: skip

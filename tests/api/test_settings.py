@@ -55,6 +55,9 @@ def test_an_unknown_variable_is_refused_with_a_hint(monkeypatch: pytest.MonkeyPa
         ("GRAFT_MAX_UPLOAD_BYTES", "0"),
         ("GRAFT_LEASE_SECONDS", "0"),
         ("GRAFT_KEEP_CHECKPOINTS", "0"),
+        ("GRAFT_CHECKPOINT_SECONDS", "0"),
+        ("GRAFT_CHECKPOINT_STEPS", "0"),
+        ("GRAFT_STALL_SECONDS", "0"),
         ("GRAFT_HEARTBEAT_SECONDS", "31"),
     ],
 )

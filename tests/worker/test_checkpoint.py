@@ -41,6 +41,17 @@ def outcome(events: list[Any]) -> tuple[bytes, str, list[tuple[float, ...]]]:
     )
 
 
+_WHOLE: dict[str, Any] = {}
+
+
+def uninterrupted(settings: dict[str, Any], make_spec: MakeSpec, base: BaseModel) -> Any:
+    """The outcome of the run that nothing stops: made once for equal settings."""
+    key = repr(sorted(settings.items()))
+    if key not in _WHOLE:
+        _WHOLE[key] = outcome(list(train(make_spec("whole", **settings), base, lambda: None)))
+    return _WHOLE[key]
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 6, 8])
 @pytest.mark.parametrize(
     "settings",
@@ -54,7 +65,7 @@ def outcome(events: list[Any]) -> tuple[bytes, str, list[tuple[float, ...]]]:
 def test_a_resumed_run_computes_the_same_bits(
     settings: dict[str, Any], stop_at: int, make_spec: MakeSpec, base: BaseModel
 ) -> None:
-    whole = outcome(list(train(make_spec("whole", **settings), base, lambda: None)))
+    whole = uninterrupted(settings, make_spec, base)
     first = list(train(make_spec("first", **settings), base, stop_after(stop_at)))
     saved, stopped = first[-2:]
     assert isinstance(saved, CheckpointSaved)
@@ -191,6 +202,6 @@ def test_a_write_that_breaks_off_leaves_no_checkpoint(
 
     spec = make_spec()
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingFailure, match=r"^disk_full: The worker's disk is full: .*No space left"):
         list(train(spec, base, stop_after(1)))
-    assert not any(path.name.startswith("step-") for path in (spec.work_dir / "checkpoints").iterdir())
+    assert list((spec.work_dir / "checkpoints").iterdir()) == []  # nor half of one, which would fill the disk

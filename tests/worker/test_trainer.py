@@ -287,10 +287,10 @@ def test_a_plan_that_does_not_fit_after_all_is_made_smaller(
     shares: list[float] = []
 
     def plan(*arguments: Any) -> Any:
-        shares.append(arguments[-1])
+        shares.append(planning.BUDGET_SHARES[arguments[-1]])
         batching, _ = make(*arguments)
         work = Work(step_tokens=256, longest_document=64, packed=True)
-        return batching, plan_for(arguments[1], shape, work, Budget(device=int(arguments[-1] * 2**30)))
+        return batching, plan_for(arguments[1], shape, work, Budget(device=int(shares[-1] * 2**30)))
 
     def fail_once(*arguments: Any) -> Any:
         if len(shares) == 1:

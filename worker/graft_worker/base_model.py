@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.functional import quantize_4bit
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -202,6 +201,7 @@ def _resolve(source: str, revision: str | None) -> Path:
         return folder
     if folder.is_absolute() or source.startswith((".", "~")):
         raise TrainingFailure("base_model_unavailable", f"The base model's folder {source} does not exist.", "model")
+    passing = False
     try:
         return Path(
             snapshot_download(source, revision=revision, allow_patterns=_DOWNLOAD, ignore_patterns=_DO_NOT_DOWNLOAD)
@@ -215,12 +215,13 @@ def _resolve(source: str, revision: str | None) -> Path:
         reason, cause = f"it has no revision '{revision}'", error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason, cause = "it is not in the local cache and the Hub cannot be reached", error
+        passing = not constants.is_offline_mode()
     except HFValidationError as error:
         reason, cause = "this is neither a folder nor a repository id of the form 'owner/name'", error
     except (HfHubHTTPError, OSError) as error:
-        reason, cause = f"the download failed ({error})", error
+        reason, cause, passing = f"the download failed ({error})", error, True
     raise TrainingFailure(
-        "base_model_unavailable", f"The base model {source} cannot be had: {reason}.", "model"
+        "base_model_unavailable", f"The base model {source} cannot be had: {reason}.", "model", passing=passing
     ) from cause
 
 
@@ -603,6 +604,9 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def _quantize(tensor: Tensor) -> NF4Weight:
     """NF4, blocks of 64, scales quantised again: QLoRA's storage (arXiv 2305.14314)."""
+    # Takes seconds to import, and weights that come out of the cache do without.
+    from bitsandbytes.functional import quantize_4bit
+
     packed, state = quantize_4bit(tensor, blocksize=_BLOCKSIZE, compress_statistics=True, quant_type="nf4")
     return NF4Weight.from_bitsandbytes(packed, state)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from graft.recipe import Recipe
 from graft_worker.base_model import BaseModel
@@ -54,13 +55,19 @@ class Provenance:
 
 
 def write_adapter_folder(
-    folder: Path, adapter: Adapter, provenance: Provenance, *, step: int, metrics: dict[str, Any]
+    folder: Path,
+    adapter: Adapter,
+    provenance: Provenance,
+    *,
+    step: int,
+    metrics: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the four files into `folder`, which is made if it is missing."""
+    """Write the four files into `folder`, which is made if it is missing. `state`: the weights of an earlier moment."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG_NAME, adapter_config(adapter, provenance))
     # `save`, not `save_file`: the latter makes a file that nobody but its owner can read.
-    weights = safetensors.torch.save(adapter.state_dict(), metadata={"format": "pt"})
+    weights = safetensors.torch.save(state or adapter.state_dict(), metadata={"format": "pt"})
     (folder / WEIGHTS_NAME).write_bytes(weights)
     (folder / CARD_NAME).write_text(model_card(adapter, provenance, step, metrics), encoding="utf-8")
     _write_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Literal
 
 FailureCode = Literal[
@@ -25,19 +26,70 @@ FailureCode = Literal[
     "non_finite_loss",  # the loss or a gradient became NaN or infinite
     "device_unavailable",  # the device of GRAFT_DEVICE is not there
     "out_of_memory",
+    "device_fault",  # the device or its driver failed; the process that met it is of no more use
+    "disk_full",
+    "machine_fault",  # of its files: no more descriptors, an error of reading or writing
     "checkpoint_corrupt",  # a file of the checkpoint is missing or altered
     "checkpoint_mismatch",  # the checkpoint belongs to another recipe, file or base model
 ]
 
 
-class TrainingFailure(Exception):
-    """Ends a job. `param` names the request's field at fault, if one is. Picklable: it crosses a process boundary."""
+# Causes that lie in a machine and a moment: another attempt may not meet them.
+PASSING: frozenset[FailureCode] = frozenset({"device_fault", "disk_full", "machine_fault"})
 
-    def __init__(self, code: FailureCode, message: str, param: str | None = None) -> None:
-        super().__init__(code, message, param)
+
+class TrainingFailure(Exception):
+    """Ends an attempt. `param` names the request's field at fault, if one is. Picklable: it crosses a process boundary.
+
+    `passing`: another attempt may not meet it. `needs_bytes`: the least device memory with which there is a plan, where
+    a plan was refused.
+    """
+
+    def __init__(
+        self,
+        code: FailureCode,
+        message: str,
+        param: str | None = None,
+        passing: bool = False,
+        needs_bytes: int | None = None,
+    ) -> None:
+        super().__init__(code, message, param, passing, needs_bytes)
         self.code = code
         self.message = message
         self.param = param
+        self.passing = passing or code in PASSING
+        self.needs_bytes = needs_bytes
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+# How the allocators say it that have no exception class of their own.
+_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc", "CUDA out of memory")
+_DEVICE_FAULTS = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "Triton Error [CUDA]")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def named(error: BaseException) -> TrainingFailure | None:
+    """The machine's faults by their names; None for any other exception, which is a fault of this program."""
+    if isinstance(error, TrainingFailure):
+        return error
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if is_out_of_memory(error):
+        return TrainingFailure("out_of_memory", f"Memory ran out: {first}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TrainingFailure("disk_full", f"The worker's disk is full: {first}")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS):
+        return TrainingFailure("machine_fault", f"The worker's files failed: {first}")
+    # Not by its class: this module knows no torch.
+    if type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_FAULTS)
+    ):
+        return TrainingFailure("device_fault", f"The device failed: {first}")
+    return None

@@ -81,12 +81,18 @@ class Adapter:
     def num_parameters(self) -> int:
         return sum(part.numel() for part in self.parameters())
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights themselves under PEFT's names, in the model's order."""
+        return {
+            f"{_PEFT_PREFIX}{path}.{name}.weight": part
+            for path, layer in self.layers.items()
+            for name, part in zip(("lora_A", "lora_B"), _pair(layer), strict=True)
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights under PEFT's names, fp32 copies on the CPU."""
         return {
-            f"{_PEFT_PREFIX}{path}.{name}.weight": part.detach().to("cpu", torch.float32, copy=True)
-            for path, layer in self.layers.items()
-            for name, part in zip(("lora_A", "lora_B"), _pair(layer), strict=True)
+            name: part.detach().to("cpu", torch.float32, copy=True) for name, part in self.named_parameters().items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -95,11 +101,7 @@ class Adapter:
         Raises:
             ValueError: names or shapes differ from this adapter's.
         """
-        expected = {
-            f"{_PEFT_PREFIX}{path}.{name}.weight": part
-            for path, layer in self.layers.items()
-            for name, part in zip(("lora_A", "lora_B"), _pair(layer), strict=True)
-        }
+        expected = self.named_parameters()
         if state.keys() != expected.keys():
             odd = sorted(state.keys() ^ expected.keys())
             raise ValueError(f"the adapter's names differ from this model's; first: {odd[0]}")

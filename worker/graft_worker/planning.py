@@ -81,7 +81,7 @@ def make_plan(base: BaseModel, recipe: Recipe, work: Work, share: float = 1.0) -
     try:
         return planner.plan_for(recipe, shape, work, budget, card=measured_card(base.device))
     except PlanRefused as refused:
-        raise TrainingFailure("out_of_memory", str(refused)) from refused
+        raise TrainingFailure("out_of_memory", str(refused), needs_bytes=refused.needed) from refused
 
 
 def follow(decoder: Decoder, plan: Plan, recipe: Recipe) -> None:

@@ -16,6 +16,10 @@ class TrainingSpec:
 
     `base_model_name` is what the adapter's config names as its base; `extras` go into the manifest as they are. Tokens
     are kept in `token_cache`, or beside the files where there is none.
+
+    State is saved at every evaluation, and besides after `checkpoint_seconds` without, or every `checkpoint_steps`
+    steps. `smaller_plans` counts how often memory ran out. `first_plan` is what the job's first start decided, for a
+    job that has no checkpoint yet to remember it: `micro_batch_tokens` and `head_chunk_rows`.
     """
 
     job_id: str
@@ -30,6 +34,10 @@ class TrainingSpec:
     resume_from: Path | None = None
     token_cache: Path | None = None
     token_cache_bytes: int = 0
+    checkpoint_seconds: float | None = None
+    checkpoint_steps: int | None = None
+    smaller_plans: int = 0
+    first_plan: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -2,121 +2,98 @@
 
 It holds the database and never the device, so that a stuck or dying engine cannot take the job's record with it. Each
 function of `graft.jobs` that it calls is fenced by the attempt: once the claim is lost, nothing more can be written.
+
+What becomes of an attempt that did not finish is decided here (`Supervisor._run`, `Run._on_failed`):
+
+    the claim is gone       the engine is killed and nothing is written: cancelled, past its deadline, or another's job
+    asked to stop or pause  a checkpoint, stored, and back into the queue (`release`)
+    lost or stalled engine  back into the queue, counted (`recover`); a new engine takes the next job
+    passing failures        the same, and when the count is used up the job fails by that name (`failures.PASSING`)
+    out of memory           back into the queue for the next smaller plan, counted (`shrink`)
+    a rotten checkpoint     the one before, or the beginning, in the same attempt
+    anything else           the job fails by its name (`fail`): another attempt would meet it again
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import queue
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import select
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from graft import jobs
 from graft.adapters import AdapterContent
 from graft.catalogue import load_catalogue
 from graft.db import Database, now
-from graft.errors import GraftError
+from graft.errors import ConfigurationError, GraftError
 from graft.jobs import Claim, Event
+from graft.models import Desired, Job
 from graft.settings import Settings
 from graft.storage import DatabaseStorage, Storage, pieces_of, save_to
 from graft_worker import archive
+from graft_worker.engine_process import EngineLost, EngineProcess, Message
+from graft_worker.failures import named
+from graft_worker.presence import Presence
 from graft_worker.processes import scratch_folder
 from graft_worker.spec import TrainingSpec
+from graft_worker.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.5
 RETRY_SECONDS = 1.0
+# An engine is given so many times the slowest of its first steps, and before the first so many times the least.
+STALL_FACTOR, STALL_STEPS, STALL_LOADING = 10.0, 5, 12.0
+# Smaller plans that a job may ask for; `graft_worker.planning` has a share of the memory for each.
+MOST_SMALLER_PLANS = 2
+MEASURE_SECONDS = 300.0
 
-Message = dict[str, Any]
+# The database is away, or busy: the same again may work.
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
 
 
 class ClaimLost(Exception):
     """The attempt is not ours any more: cancelled, or given to another worker. Write nothing."""
 
 
-class EngineLost(Exception):
-    """The engine ended without a word."""
+class Stalled(Exception):
+    """The engine runs and does nothing."""
 
 
-class EngineProcess:
-    """The child and the two pipes to it. Started with the first job, kept for its warm base model."""
+class CheckpointUnusable(Exception):
+    """The engine could not restore what it was given to resume from."""
 
-    def __init__(self) -> None:
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "graft_worker.engine", str(theirs_in), str(theirs_out), str(os.getpid())],
-            pass_fds=(theirs_in, theirs_out),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # its own process group, so that it can be killed with all it started
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._commands = os.fdopen(ours_out, "w", encoding="utf-8", buffering=1)
-        self._messages = os.fdopen(ours_in, "r", encoding="utf-8")
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, name="engine-messages", daemon=True).start()
 
-    def _listen(self) -> None:
-        # Half a line comes from an engine that was killed while it wrote.
-        with self._messages, contextlib.suppress(ValueError):
-            for line in self._messages:
-                self._inbox.put(json.loads(line))
-        self._inbox.put(None)
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A cause with a name, of the engine's or of ours."""
 
-    def send(self, kind: str, **fields: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended; `receive` says so
-            self._commands.write(json.dumps({"kind": kind, **fields}) + "\n")
-
-    def receive(self, timeout: float) -> Message | None:
-        """The next message, or None if there was none in time. Raises EngineLost when there will be none."""
-        try:
-            message = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if message is None:
-            raise EngineLost(f"the engine ended ({self._ending()})")
-        return message
-
-    def _ending(self) -> str:
-        code = self._process.wait(timeout=10)
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        """End the whole process group, now."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):  # a command that it did not live to read
-            self._commands.close()
+    code: str
+    message: str
+    param: str | None = None
+    passing: bool = False
+    needs_bytes: int | None = None
 
 
 class Heart:
-    """Beats from its own thread, so that a long upload to storage does not look like death."""
+    """Beats from its own thread, so that nothing else that takes long looks like death. Learns what is desired."""
 
     def __init__(self, database: Database, claim: Claim, settings: Settings) -> None:
         self._db, self._claim, self._settings = database, claim, settings
         self._stop = threading.Event()
         self._lost = threading.Event()
+        self._desired = Desired.RUN
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._thread.start()
 
@@ -124,9 +101,16 @@ class Heart:
     def is_lost(self) -> bool:
         return self._lost.is_set()
 
-    def lose(self) -> None:
-        """A write was refused: the claim is gone, whatever the next beat would say."""
-        self._lost.set()
+    @property
+    def desired(self) -> Desired:
+        return self._desired
+
+    def hear(self, answer: Desired | None) -> None:
+        """A beat's answer, of this thread or another's. None: the claim is gone, whatever a later one would say."""
+        if answer is None:
+            self._lost.set()
+        else:
+            self._desired = answer
 
     def stop(self) -> None:
         self._stop.set()
@@ -137,12 +121,12 @@ class Heart:
         while not self._stop.wait(self._settings.heartbeat_seconds):
             try:
                 with self._db.write() as session:
-                    if not jobs.beat(session, self._claim, lease_seconds=self._settings.lease_seconds):
-                        self._lost.set()
-                        return
+                    self.hear(jobs.beat(session, self._claim, lease_seconds=self._settings.lease_seconds))
+                if self.is_lost:
+                    return
                 heard = time.monotonic()
-            except DBAPIError as error:
-                log.warning("a beat did not reach the database: %s", error.orig, extra={"job": self._claim.job_id})
+            except SQLAlchemyError as error:
+                log.warning("a beat did not reach the database: %s", _why(error), extra={"job": self._claim.job_id})
                 # The reaper gives a lease that ended while the database was away as long again; so do we.
                 if time.monotonic() - heard > 2 * self._settings.lease_seconds:
                     self._lost.set()
@@ -157,36 +141,92 @@ class Supervisor:
         self.stop = threading.Event()
         self._settings, self._db, self._storage = settings, database, storage
         self._catalogue = load_catalogue(settings.models)
+        self._presence = Presence(database, name, beat_seconds=settings.heartbeat_seconds)
         self._engine: EngineProcess | None = None
+        self._was_paused = False
         # The kernel ends an engine with the thread that started it, so one that stays starts them all.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-starter")
         self._busy = threading.Lock()
+
+    def start(self) -> None:
+        """Enter the registry. With a GPU only when the engine has opened and measured it: no job is claimed that does
+        not fit. Without one an idle worker starts no engine, and its first job's brings the rates.
+
+        Raises:
+            ConfigurationError: the GPU cannot be used.
+        """
+        if _expects_gpu(self._settings):
+            engine = self._warm_engine()
+            engine.send("measure")
+            if not engine.measured.wait(MEASURE_SECONDS) or engine.device is None or engine.device["device"] is None:
+                raise ConfigurationError(
+                    f"The device {self._settings.device or 'cuda'} cannot be used; the engine's log above says why. "
+                    "GRAFT_DEVICE=cpu trains without it."
+                )
+            self._describe()
+        self._presence.start()
 
     def leave(self) -> None:
         """Set `stop` from a signal handler, which may have interrupted a thread that holds the event's own lock."""
         threading.Thread(target=self.stop.set, name="leave").start()
 
     def run_next(self, job_id: str | None = None) -> bool:
-        """Claim the named job, or the oldest that is due, and run it to its end. False if there was nothing to run."""
+        """Claim the named job, or the one whose turn it is, and run it to its end. False if there was none."""
         if self.stop.is_set() or not self._busy.acquire(blocking=False):
             return False
         try:
-            with self._db.read() as session:
-                if not jobs.is_due(session, job_id):
-                    return False
-            with self._db.write() as session:
-                claim = jobs.claim(session, self.name, lease_seconds=self._settings.lease_seconds, job_id=job_id)
+            self._describe()  # a CPU is measured when its first job has ended
+            claim = self._claim(job_id)
             if claim is None:
+                if self._was_paused and job_id is None:
+                    self._free_device()
                 return False
-            self._run(claim)
+            self._was_paused = False
+            self._presence.does(claim.job_id)
+            try:
+                self._run(claim)
+            finally:
+                self._describe()
+                self._presence.does(None)
             return True
         finally:
             self._busy.release()
 
+    def _claim(self, job_id: str | None) -> Claim | None:
+        device_bytes = self._presence.device_bytes
+        with self._db.read() as session:
+            if not jobs.is_due(session, job_id, device_bytes=device_bytes):
+                return None
+        with self._db.write() as session:
+            return jobs.claim(
+                session,
+                self.name,
+                lease_seconds=self._settings.lease_seconds,
+                job_id=job_id,
+                device_bytes=device_bytes,
+                warm=self._presence.base_model,
+            )
+
     def close(self) -> None:
-        """End the engine, for good."""
+        """End the engine and leave the registry, for good."""
         self._end_engine()
         self._starter.shutdown()
+        self._presence.stop()
+
+    def _describe(self) -> None:
+        """Tell the registry what the engine holds, and what it has measured."""
+        engine = self._engine
+        self._presence.base_model = None if engine is None else engine.holds
+        if engine is not None and engine.device is not None:
+            found = engine.device
+            self._presence.describe(device=found["device"], device_bytes=found["device_bytes"], rates=found["rates"])
+
+    def _free_device(self) -> None:
+        """After a pause, when no other job wants the device: a GPU goes back whole, a CPU's engine may stay warm."""
+        self._was_paused = False
+        if self._presence.device_bytes is not None:
+            self._end_engine()
+            self._describe()
 
     def _end_engine(self) -> None:
         if self._engine is not None:
@@ -197,27 +237,50 @@ class Supervisor:
 
     def _run(self, claim: Claim) -> None:
         heart = Heart(self._db, claim, self._settings)
-        run = Run(claim, self._db, self._storage, self._settings, heart)
+        run = Run(claim, self._db, self._storage, self._settings, heart, self._presence.device_bytes)
         try:
             with scratch_folder(self._settings.data_dir / "work", f"{claim.job_id}-{claim.attempt}") as work_dir:
-                spec = self._stage(run, work_dir)
                 try:
-                    run.drive(self._warm_engine(), spec, self.stop)
+                    self._attempt(run, work_dir)
                 except BaseException:
                     self._end_engine()  # it is still at work on this job, and in this folder
                     raise
         except ClaimLost:
             log.info("the claim is gone; stopping at once", extra={"job": claim.job_id})
-        except EngineLost as lost:
-            self._recover(run, str(lost))
+        except (EngineLost, Stalled) as lost:
+            run.recover(Failure("worker_lost", str(lost)))
         except GraftError as error:
-            code, message, param = error.code or "internal_error", error.message, error.param
-            run.persist(lambda s: jobs.fail(s, claim, code=code, message=message, param=param))
+            run.fail(Failure(error.code or "internal_error", error.message, error.param))
         except Exception as error:
-            log.exception("the supervisor failed", extra={"job": claim.job_id})
-            self._recover(run, f"{type(error).__name__}: {error}")
+            cause = named(error)
+            if cause is not None:
+                run.recover(Failure(cause.code, cause.message))
+            else:
+                log.exception("the supervisor failed", extra={"job": claim.job_id})
+                run.recover(Failure("worker_lost", f"{type(error).__name__}: {error}"))
         finally:
+            run.close()
             heart.stop()
+            self._was_paused = heart.desired is Desired.PAUSE
+
+    def _attempt(self, run: Run, work_dir: Path) -> None:
+        """From the staged files to the job's end, or the attempt's."""
+        engine = self._warm_engine()  # it imports while the files come
+        unusable: set[int] = set()
+        while True:
+            spec = self._stage(run, work_dir, unusable)
+            try:
+                run.drive(engine, spec, self.stop)
+                if run.engine_is_spent:
+                    engine.kill()
+                return
+            except CheckpointUnusable as error:
+                unusable.add(run.resumes_from or 0)
+                run.warn(f"{error} The one before it is used, or the beginning")
+            except (EngineLost, Stalled):
+                engine.kill()
+                run.drain()
+                raise
 
     def _warm_engine(self) -> EngineProcess:
         if self._engine is None or not self._engine.is_alive:
@@ -225,13 +288,11 @@ class Supervisor:
             self._engine = self._starter.submit(EngineProcess).result()
         return self._engine
 
-    def _recover(self, run: Run, cause: str) -> None:
-        run.persist(lambda s: jobs.recover(s, run.claim, cause, max_recoveries=self._settings.max_recoveries))
-
-    def _stage(self, run: Run, work_dir: Path) -> TrainingSpec:
+    def _stage(self, run: Run, work_dir: Path, unusable: set[int]) -> TrainingSpec:
         """Bring everything that the engine needs onto this machine's disk."""
         claim = run.claim
         base = self._catalogue.resolve(claim.recipe.base_model)
+        names = ("micro_batch_tokens", "head_chunk_rows")
         return TrainingSpec(
             job_id=claim.job_id,
             recipe=claim.recipe,
@@ -244,9 +305,13 @@ class Supervisor:
             if claim.validation_file is None
             else run.stage_file(claim.validation_file, work_dir / "validation.jsonl", "validation_file"),
             work_dir=work_dir / "train",
-            resume_from=run.stage_state(work_dir),
+            resume_from=run.stage_state(work_dir, unusable),
             token_cache=self._settings.token_cache,
             token_cache_bytes=self._settings.token_cache_bytes,
+            checkpoint_seconds=self._settings.checkpoint_seconds,
+            checkpoint_steps=self._settings.checkpoint_steps,
+            smaller_plans=claim.smaller_plans,
+            first_plan=None if claim.plan is None else {name: claim.plan[name] for name in names},
             extras={"fine_tuned_model": claim.model_name},
         )
 
@@ -254,46 +319,73 @@ class Supervisor:
 class Run:
     """One attempt: what it has to say, and how it is written down."""
 
-    def __init__(self, claim: Claim, database: Database, storage: Storage, settings: Settings, heart: Heart) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        database: Database,
+        storage: Storage,
+        settings: Settings,
+        heart: Heart,
+        device_bytes: int | None = None,
+    ) -> None:
         self.claim = claim
+        self.resumes_from: int | None = None  # the step of the state that was staged last
+        self.engine_is_spent = False  # by a fault that it will not get over
         self._db, self._storage, self._settings, self._heart = database, storage, settings, heart
+        self._device_bytes = device_bytes
         self._events: list[Event] = []
         self._progress: dict[str, Any] = {}
+        self._gathering = threading.Lock()  # of the two above
+        self._writing = threading.Lock()  # so that events come in their order
         self._flushed = 0.0
+        self._claimed = time.monotonic()
+        self._startup_seconds: float | None = None
         self._began: tuple[float, int] | None = None  # when the first step of this attempt ended, and its number
+        self._told_step: int | None = None  # up to there earlier attempts have told their story
+        self._stall_limit = StallLimit(settings.stall_seconds)
+        self._uploads = Uploads(self._store_checkpoint, self._give_up_checkpoint)
+
+    def close(self) -> None:
+        self._uploads.close()
 
     # -- staging ------------------------------------------------------------------------------------------------
 
     def stage_file(self, file_id: str, path: Path, param: str) -> Path:
         """A dataset, checked against its digest. Raises GraftError if it was deleted."""
+        self._require_claim()
         with self._db.read() as session:
             row = jobs.file_of(session, self.claim.project_id, file_id)
         if row is None:
             raise GraftError(
                 f"The file {file_id} was deleted before the job started.", code="file_not_found", param=param
             )
-        save_to(self._storage, row.sha256, path)
+        if not path.exists():
+            save_to(self._storage, row.sha256, path)
         return path
 
-    def stage_state(self, work_dir: Path) -> Path | None:
+    def stage_state(self, work_dir: Path, unusable: set[int]) -> Path | None:
         """The newest training state that reads back whole, or None to begin at the beginning."""
+        self._require_claim()
         with self._db.read() as session:
-            states = jobs.latest_states(session, self.claim.job_id)
-        for state in states:
-            assert state.state_sha256 is not None
-            tar = work_dir / f"state-{state.step}.tar"
+            states = [(state.step, state.state_sha256) for state in jobs.latest_states(session, self.claim.job_id)]
+            self._told_step = session.scalar(select(Job.step).where(Job.id == self.claim.job_id))
+        for step, sha256 in states:
+            if step in unusable:
+                continue
+            assert sha256 is not None
+            tar = work_dir / f"state-{step}.tar"
             try:
-                save_to(self._storage, state.state_sha256, tar)
-                return archive.unpack(tar, work_dir / f"state-{state.step}")
+                save_to(self._storage, sha256, tar)
+                found = archive.unpack(tar, work_dir / f"state-{step}")
+                self.resumes_from = step
+                return found
             except (KeyError, OSError) as error:
-                self._events.append(
-                    Event(
-                        f"The checkpoint of step {state.step} cannot be read ({error}); using the one before it",
-                        level="warn",
-                    )
-                )
+                if (cause := named(error)) is not None:  # this machine's fault and not the checkpoint's
+                    raise cause from error
+                self.warn(f"The checkpoint of step {step} cannot be read ({error}); using the one before it")
             finally:
                 tar.unlink(missing_ok=True)
+        self.resumes_from = None
         return None
 
     # -- driving ------------------------------------------------------------------------------------------------
@@ -304,117 +396,118 @@ class Run:
         Raises:
             ClaimLost: stop at once and write nothing.
             EngineLost: the engine is gone, the job is not.
+            Stalled: the engine is there and does nothing.
+            CheckpointUnusable: it could not restore the state that it was given.
         """
+        if engine.holds != self.claim.recipe.base_model:
+            engine.holds = None
         engine.send("run", spec=spec.to_json())
-        training = False
+        leaving: str | None = None  # why, once the engine has been told
         leave_by: float | None = None
+        is_training = False
+        heard = time.monotonic()
         while True:
             message = engine.receive(timeout=FLUSH_SECONDS)
             self._require_claim()
             if message is not None:
-                training = training or message["kind"] == "data_ready"
-                if self._handle(message):
+                heard = time.monotonic()
+                if message["kind"] == "began":
+                    is_training = True
+                    engine.holds = self.claim.recipe.base_model
+                if self._handle(message, leaving, leave_by):
                     return
+            elif (silence := time.monotonic() - heard) > self._stall_limit.seconds:
+                raise Stalled(f"the training stalled: no sign of it for {silence:.0f} s")
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._flush()
-            if stop.is_set():
-                if leave_by is None:
-                    leave_by = time.monotonic() + (self._settings.grace_seconds if training else 0)
-                    engine.send("stop", reason="the worker is stopping")
-                elif time.monotonic() > leave_by:
-                    # It is loading a model, or a step takes longer than the grace: the last checkpoint will have to do.
-                    engine.kill()
-                    self._flush()
-                    self.persist(
-                        lambda s: jobs.release(s, self.claim, "The worker stopped; the job goes on with the next one")
-                    )
-                    return
+            if leaving is None and stop.is_set():
+                leaving = "The worker stopped"
+                leave_by = time.monotonic() + (self._settings.grace_seconds if is_training else 0)
+                engine.send("stop", reason="the worker is stopping")
+            elif leaving is None and self._heart.desired is Desired.PAUSE:
+                # Nothing hurries it but that the device is wanted: what is not training yet has nothing to save.
+                leaving = "The training paused"
+                leave_by = None if is_training else time.monotonic()
+                engine.send("stop", reason="the job is to pause")
+            elif stop.is_set() and leave_by is None:
+                leave_by = time.monotonic() + self._settings.grace_seconds
+            if leave_by is not None and time.monotonic() > leave_by:
+                # It is loading a model, or a step takes longer than the grace: the last checkpoint will have to do.
+                engine.kill()
+                self._release(f"{leaving}; the job goes on with the next one", until=time.monotonic())
+                return
 
-    def _handle(self, message: Message) -> bool:
+    def _handle(self, message: Message, leaving: str | None, leave_by: float | None) -> bool:
         """Take one message in; True if it was the job's last."""
         kind = message["kind"]
         if kind == "log":
-            self._events.append(Event(message["message"], level=message["level"], data=message["data"] or None))
+            self._tell(Event(message["message"], level=message["level"], data=message["data"] or None))
         elif kind == "data_ready":
             self._on_data(message)
+        elif kind == "began":
+            self._startup_seconds = time.monotonic() - self._claimed
+            if message["plan"] is not None:
+                self._progress_is(plan=message["plan"])
         elif kind == "step_metrics":
             self._on_step(message)
         elif kind == "checkpoint_saved":
-            self._on_checkpoint(message)
+            self._uploads.add(message)
         elif kind == "finished":
             self._on_finished(message)
             return True
         elif kind == "stopped":
-            self._flush()
-            text = f"The worker stopped after step {message['step']}; the job goes on with the next one"
-            self.persist(lambda s: jobs.release(s, self.claim, text))
+            self._release(
+                f"{leaving or 'The training stopped'} after step {message['step']}; the job goes on with the next one",
+                until=leave_by,
+            )
             return True
         elif kind == "failed":
-            self._flush()
-            failure = {name: message[name] for name in ("code", "message", "param")}
-            self.persist(lambda s: jobs.fail(s, self.claim, **failure))
+            self._on_failed(
+                Failure(*(message[name] for name in ("code", "message", "param", "passing", "needs_bytes")))
+            )
             return True
         elif kind == "crashed":
             log.error("the engine failed:\n%s", message["traceback"], extra={"job": self.claim.job_id})
-            self._flush()
-            self.persist(
-                lambda s: jobs.fail(s, self.claim, code="internal_error", message=message["message"], param=None)
-            )
+            self.drain()
+            self.fail(Failure("internal_error", message["message"]))
             return True
         return False
 
     def _on_data(self, message: Message) -> None:
-        training = message["training"]
-        self._progress["total_steps"] = message["total_steps"]
-        self._events.append(
+        self._progress_is(total_steps=message["total_steps"])
+        self._tell(
             Event(
                 f"Training on {message['num_training_rows']} conversations, {message['trained_tokens_per_epoch']} "
                 f"trained of {message['tokens_per_epoch']} tokens an epoch, {message['total_steps']} steps",
-                data={"training": training, "validation": message["validation"], "total_steps": message["total_steps"]},
+                data={
+                    "training": message["training"],
+                    "validation": message["validation"],
+                    "total_steps": message["total_steps"],
+                },
             )
         )
 
     def _on_step(self, message: Message) -> None:
         step, total = message["step"], message["total_steps"]
-        metrics = {name: value for name, value in message.items() if name != "kind" and value is not None}
-        text = f"Step {step}/{total}: training loss={message['train_loss']:.2f}"
-        if message["full_valid_loss"] is not None:
-            text += f", full validation loss={message['full_valid_loss']:.2f}"
-        self._events.append(Event(text, type="metrics", data=metrics))
         moment = time.monotonic()
+        self._stall_limit.learn(message["seconds"])
         if self._began is None:
             self._began = (moment - message["seconds"], step - 1)
         began, first = self._began
         # From the wall clock, so that evaluations and checkpoints count in.
         remaining = (moment - began) / (step - first) * (total - step)
-        self._progress.update(step=step, total_steps=total, estimated_finish=now() + remaining)
-
-    def _on_checkpoint(self, message: Message) -> None:
-        self._flush()
-        folder, adapter_dir = Path(message["path"]), Path(message["adapter_dir"])
-        step = message["step"]
-        tar = folder.with_suffix(".tar")
-        archive.pack(folder, tar, name=f"state-{step}", compress=False)
-        try:
-            state = self._storage.put(pieces_of(tar))
-            content = self._store_adapter(adapter_dir)
-        finally:
-            tar.unlink()
-        self._require(
-            lambda s: jobs.add_checkpoint(
-                s,
-                self.claim,
-                step=step,
-                metrics=message["metrics"],
-                state=state,
-                content=content,
-                keep=self._settings.keep_checkpoints,
-            )
-        )
-        shutil.rmtree(folder, ignore_errors=True)
+        self._progress_is(estimated_finish=now() + remaining)
+        if self.resumes_from is not None and step <= (self._told_step or 0):
+            return  # an earlier attempt has told of it, and it computed the same
+        metrics = {name: value for name, value in message.items() if name != "kind" and value is not None}
+        text = f"Step {step}/{total}: training loss={message['train_loss']:.2f}"
+        if message["full_valid_loss"] is not None:
+            text += f", full validation loss={message['full_valid_loss']:.2f}"
+        self._tell(Event(text, type="metrics", data=metrics))
+        self._progress_is(step=step, total_steps=total)
 
     def _on_finished(self, message: Message) -> None:
-        self._flush()
+        self.drain()
         content = self._store_adapter(Path(message["adapter_dir"]))
         results = self._storage.put(pieces_of(Path(message["result_csv"])))
         events = []
@@ -443,44 +536,186 @@ class Run:
                 content=content,
                 results=results,
                 events=events,
+                measured={
+                    "startup_seconds": self._startup_seconds,
+                    "training_seconds": message["seconds"],
+                    **message["measured"],
+                },
             )
         )
 
-    def _store_adapter(self, folder: Path) -> AdapterContent:
-        tar = folder.with_suffix(".tar.gz")
-        archive.pack(folder, tar, name="adapter", compress=True)
-        try:
-            return AdapterContent(
-                archive=self._storage.put(pieces_of(tar)),
-                files={
-                    path.name: self._storage.put(pieces_of(path)) for path in sorted(folder.iterdir()) if path.is_file()
-                },
+    # -- an end without a result --------------------------------------------------------------------------------
+
+    def _on_failed(self, failure: Failure) -> None:
+        """The engine has named what ended the attempt."""
+        if failure.code == "checkpoint_corrupt" and self.resumes_from is not None:
+            raise CheckpointUnusable(failure.message)
+        self.drain()
+        if failure.code == "out_of_memory":
+            self._on_out_of_memory(failure)
+        elif failure.passing:
+            self.engine_is_spent = failure.code in ("device_fault", "machine_fault")
+            self.recover(failure)
+        else:
+            self.fail(failure)
+
+    def _on_out_of_memory(self, failure: Failure) -> None:
+        if failure.needs_bytes is not None:
+            if self._device_bytes is not None and failure.needs_bytes <= self._device_bytes:
+                self.recover(failure)  # somebody else holds the memory now
+            elif self._device_bytes is not None and self.resumes_from is not None:
+                # The checkpoint's steps are cut for a larger device. It waits for one, and says so.
+                self._progress_is(needs_bytes=failure.needs_bytes)
+                self._release(f"This worker's device is too small to go on. {failure.message}", until=None)
+            else:
+                self.fail(failure)  # with what would make it fit
+            return
+        if not self._has_checkpoint():
+            self._progress_is(plan=None)  # how steps are cut may be decided anew
+        self._flush_all()
+        self.persist(lambda s: jobs.shrink(s, self.claim, failure.message, most=MOST_SMALLER_PLANS))
+
+    def _has_checkpoint(self) -> bool:
+        with self._db.read() as session:
+            return bool(jobs.latest_states(session, self.claim.job_id))
+
+    def fail(self, failure: Failure) -> None:
+        """The job ends by this name."""
+        self._flush_all()
+        code, message, param = failure.code, failure.message, failure.param
+        self.persist(lambda s: jobs.fail(s, self.claim, code=code, message=message, param=param))
+
+    def recover(self, failure: Failure) -> None:
+        """Another attempt, unless too many have ended without a new checkpoint: then the job ends by this name."""
+
+        def write(session: Session) -> bool:
+            most = self._settings.max_recoveries
+            if failure.code != "worker_lost":
+                row = session.execute(select(Job.recoveries, Job.desired).where(Job.id == self.claim.job_id)).one()
+                if row.recoveries >= most and row.desired == Desired.RUN:
+                    message = f"{failure.message} ({row.recoveries + 1} attempts have met it.)"
+                    return jobs.fail(session, self.claim, code=failure.code, message=message, param=failure.param)
+            return jobs.recover(session, self.claim, failure.message, max_recoveries=most)
+
+        with contextlib.suppress(ClaimLost):
+            self._flush_all()
+            self.persist(write)
+
+    def _release(self, message: str, *, until: float | None) -> None:
+        """Let go of the job when its checkpoints are stored, or when there is no more time to wait for that."""
+        if not self.drain(until):
+            message += ". There was no time to store its newest checkpoint"
+        self._flush_all()
+        self.persist(lambda s: jobs.release(s, self.claim, message))
+
+    # -- storing ------------------------------------------------------------------------------------------------
+
+    def drain(self, until: float | None = None) -> bool:
+        """Wait until every announced checkpoint is stored or given up; False if the time is over before.
+
+        Raises:
+            ClaimLost: there is nothing to wait for any more.
+        """
+        while not self._uploads.wait(FLUSH_SECONDS / 5):
+            self._require_claim()
+            if until is not None and time.monotonic() > until:
+                return False
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flush()
+        self._require_claim()
+        return True
+
+    def _store_checkpoint(self, message: Message) -> None:
+        """In the uploads' thread."""
+        folder, step = Path(message["path"]), message["step"]
+        state = self._storage.put(archive.stream(folder, name=f"state-{step}", compress=False))
+        content = self._store_adapter(Path(message["adapter_dir"]))
+        # Whoever resumes from it does not tell again of the steps before.
+        if not self._flush_all() or not self.persist(
+            lambda s: jobs.add_checkpoint(
+                s,
+                self.claim,
+                step=step,
+                metrics=message["metrics"],
+                state=state,
+                content=content,
+                keep=self._settings.keep_checkpoints,
             )
-        finally:
-            tar.unlink()
+        ):
+            self._heart.hear(None)
+
+    def _give_up_checkpoint(self, message: Message, error: Exception) -> None:
+        cause = named(error)
+        why = f"{type(error).__name__}: {error}" if cause is None else cause.message
+        self.warn(
+            f"The checkpoint of step {message['step']} could not be stored, and the training goes on without it. {why}",
+            code=None if cause is None else cause.code,
+        )
+
+    def _store_adapter(self, folder: Path) -> AdapterContent:
+        return AdapterContent(
+            archive=self._storage.put(archive.stream(folder, name="adapter", compress=True)),
+            files={
+                path.name: self._storage.put(pieces_of(path)) for path in sorted(folder.iterdir()) if path.is_file()
+            },
+        )
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def _flush(self) -> None:
-        """Write down what has gathered. While the database is away it goes on gathering."""
-        if not self._events and not self._progress and time.monotonic() - self._flushed < self._settings.poll_seconds:
-            return  # with nothing to say, only often enough to learn in time that the job was cancelled
-        self._flushed = time.monotonic()
-        events, progress = self._events, self._progress
-        try:
-            with self._db.write() as session:
-                mine = jobs.beat(
-                    session, self.claim, lease_seconds=self._settings.lease_seconds, events=events, progress=progress
+    def warn(self, message: str, code: str | None = None) -> None:
+        self._tell(Event(message, level="warn", data=None if code is None else {"code": code}))
+
+    def _tell(self, event: Event) -> None:
+        with self._gathering:
+            self._events.append(event)
+
+    def _progress_is(self, **values: Any) -> None:
+        with self._gathering:
+            self._progress.update(values)
+
+    def _flush(self) -> bool:
+        """Write down what has gathered. While the database is away it goes on gathering; False."""
+        with self._writing:
+            with self._gathering:
+                events, progress = self._events, self._progress
+                self._events, self._progress = [], {}
+            if not events and not progress and time.monotonic() - self._flushed < self._settings.poll_seconds:
+                return True  # with nothing to say, only often enough to learn in time that the job was cancelled
+            self._flushed = time.monotonic()
+            try:
+                with self._db.write() as session:
+                    answer = jobs.beat(
+                        session,
+                        self.claim,
+                        lease_seconds=self._settings.lease_seconds,
+                        events=events,
+                        progress=progress,
+                    )
+            except AWAY as error:
+                with self._gathering:
+                    self._events, self._progress = events + self._events, {**progress, **self._progress}
+                log.warning(
+                    "the database is away, %d events wait: %s",
+                    len(events),
+                    _why(error),
+                    extra={"job": self.claim.job_id},
                 )
-        except OperationalError as error:
-            log.warning(
-                "the database is away, %d events wait: %s", len(events), error.orig, extra={"job": self.claim.job_id}
-            )
-            return
-        if not mine:
-            self._heart.lose()
+                return False
+        self._heart.hear(answer)
+        if answer is None:
             raise ClaimLost
-        self._events, self._progress = [], {}
+        return True
+
+    def _flush_all(self) -> bool:
+        """Write down what has gathered, however long the database is away; False if the claim is lost by then."""
+        while not self._heart.is_lost:
+            try:
+                if self._flush():
+                    return True
+            except ClaimLost:
+                return False
+            time.sleep(RETRY_SECONDS)
+        return False
 
     def persist(self, write: Callable[[Session], bool]) -> bool:
         """Run one transaction, again and again while the database is away and the claim may still be ours."""
@@ -488,10 +723,10 @@ class Run:
             try:
                 with self._db.write() as session:
                     return write(session)
-            except OperationalError as error:
+            except AWAY as error:
                 if self._heart.is_lost:
                     return False
-                log.warning("the database is away, trying again: %s", error.orig, extra={"job": self.claim.job_id})
+                log.warning("the database is away, trying again: %s", _why(error), extra={"job": self.claim.job_id})
                 time.sleep(RETRY_SECONDS)
 
     def _require(self, write: Callable[[Session], bool]) -> None:
@@ -503,17 +738,52 @@ class Run:
             raise ClaimLost
 
 
+class StallLimit:
+    """How long an engine may be silent: learnt from its first steps, and long before them.
+
+    A training says that it moves on after every micro-batch, so that a long evaluation is no silence.
+    """
+
+    def __init__(self, least: float) -> None:
+        self._least = least
+        self._steps: list[float] = []
+
+    def learn(self, step_seconds: float) -> None:
+        """One of the steps; the first few count."""
+        if len(self._steps) < STALL_STEPS:
+            self._steps.append(step_seconds)
+
+    @property
+    def seconds(self) -> float:
+        if not self._steps:
+            return self._least * STALL_LOADING
+        return max(self._least, STALL_FACTOR * max(self._steps))
+
+
+def _expects_gpu(settings: Settings) -> bool:
+    """Whether the engine will want one, as far as can be told without its libraries."""
+    if settings.device is not None:
+        return settings.device.startswith("cuda")
+    return os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
+def _why(error: SQLAlchemyError) -> object:
+    return getattr(error, "orig", None) or error
+
+
 @contextlib.contextmanager
 def supervisor(settings: Settings, name: str) -> Iterator[Supervisor]:
     """A supervisor over the configured database, closed at the end.
 
     Raises:
-        ConfigurationError: the database is missing, away, or of another version; the catalogue cannot be used.
+        ConfigurationError: the database is missing, away, or of another version; the catalogue or the GPU cannot be
+            used.
     """
     database = Database(settings.require_database_url())
     database.require_current()
     made = Supervisor(settings, database, DatabaseStorage(database), name)
     try:
+        made.start()
         yield made
     finally:
         made.close()

@@ -13,13 +13,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.planner import Plan
 from graft.recipe import EarlyStopping, Recipe
@@ -28,15 +29,17 @@ from graft.tokens import TokenCache
 from graft_kernels.adamw import AdamW
 from graft_worker import checkpoint, export, lora, planning
 from graft_worker.base_model import BaseModel
-from graft_worker.batches import Batching, MicroBatch, epoch_order, pack, rows_of_step
+from graft_worker.batches import ALIGNMENT, Batching, BatchMode, MicroBatch, epoch_order, pack, rows_of_step
 from graft_worker.checkpoint import Progress
 from graft_worker.data import EncodedDataset, Row, Rows, encode_file, longest_first, split_rows
 from graft_worker.decoder import Decoder, UnsupportedModel
-from graft_worker.failures import TrainingFailure
+from graft_worker.failures import TrainingFailure, is_out_of_memory, named
 from graft_worker.spec import TrainingSpec
 from graft_worker.transformers_network import TransformersNetwork
 
 CHECKPOINTS_WITHOUT_EVALUATIONS = 10
+# In a row; a worker whose disk stays full had better let another one go on.
+MOST_FAILED_WRITES = 3
 _CSV_HEADER = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
 
 # What comes out -------------------------------------------------------------------------------------------------------
@@ -68,6 +71,17 @@ class DataReady:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Began:
+    """All is loaded and planned, and the first evaluation or step is next. `plan` is the planner's, on a GPU."""
+
+    step: int
+    total_steps: int
+    plan: dict[str, Any] | None
+    batching: dict[str, Any]
+    kind: Literal["began"] = "began"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
     """One optimizer step. Losses are in nats per trained token; tokens are the step's own, padding not counted.
 
@@ -94,12 +108,17 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSaved:
-    """`path` is the folder to resume from, complete in itself; `adapter_dir` is the adapter inside it."""
+    """On the disk: `path` is the folder to resume from, complete in itself; `adapter_dir` is the adapter inside it.
+
+    It comes when it has been written, which is some time after its step. `wanted` tells one that was asked for, by the
+    recipe or to stop, from one that only bounds what can be lost.
+    """
 
     step: int
     path: str
     adapter_dir: str
     metrics: dict[str, Any]
+    wanted: bool
     kind: Literal["checkpoint_saved"] = "checkpoint_saved"
 
 
@@ -114,7 +133,12 @@ class Stopped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The adapter is in `adapter_dir`: the last weights, or the best ones where early stopping watched for them."""
+    """The adapter is in `adapter_dir`: the last weights, or the best ones where early stopping watched for them.
+
+    `measured`: peak_bytes; loop_seconds of this attempt, from `Began` to here with all waiting; and step_seconds and
+    tokens_per_second of its steps but the first. Bytes are the allocator's on a GPU, on a CPU what the process grew by,
+    base model included.
+    """
 
     adapter_dir: str
     adapter_step: int
@@ -127,25 +151,35 @@ class Finished:
     initial_valid_loss: float | None
     final_metrics: dict[str, Any]
     best_metrics: dict[str, Any]
+    measured: dict[str, float | int]
     kind: Literal["finished"] = "finished"
 
 
-Event = Log | DataReady | StepMetrics | CheckpointSaved | Stopped | Finished
+Event = Log | DataReady | Began | StepMetrics | CheckpointSaved | Stopped | Finished
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | None]) -> Iterator[Event]:
+def train(
+    spec: TrainingSpec,
+    base: BaseModel,
+    should_stop: Callable[[], str | None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
     """Train one adapter on a warm base model, and leave the base as it was.
 
     `should_stop` is asked before the first step and after every one; a reason ends the run with a checkpoint. The last
-    event is `Stopped` or `Finished`.
+    event is `Stopped` or `Finished`. `interrupted` is asked after every micro-batch, also of an evaluation; if it says
+    so, `should_stop` is asked at once, and what the step has summed up is dropped: the checkpoint is that of the last
+    whole step. Checkpoints are written beside the training; one that cannot be is told of and tried again later, until
+    `MOST_FAILED_WRITES` in a row have failed.
 
     Raises:
         TrainingFailure: the job cannot go on; nothing else is raised for anything a user or a machine can cause.
     """
     recipe, model, device = spec.recipe, base.model, base.device
+    memory = MemoryMeter(base)
     spec.work_dir.mkdir(parents=True, exist_ok=True)
     _seed_everything(recipe.seed)
 
@@ -197,6 +231,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
     )
     run_id = _run_id(spec, provenance)
     network: Network | None = None
+    saver: Saver | None = None
 
     try:
         # Adapter, optimizer, and where an earlier attempt got to
@@ -225,129 +260,184 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
                 level="warn",
                 message=f"This model is trained through transformers, slower and with padded rows: {reason}.",
             )
-        for share in planning.BUDGET_SHARES:
-            batching, plan = _plan(base, recipe, network, lengths, rows, progress, share)
-            if plan is None:
-                break
-            yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
+        if spec.first_plan is not None and spec.resume_from is None:
+            # What the first start decided before it was lost: so that this one computes the same.
+            budget = -(-int(spec.first_plan["micro_batch_tokens"]) // ALIGNMENT) * ALIGNMENT
+            progress.batching = dataclasses.asdict(Batching(mode=_mode(recipe, network), token_budget=budget))
+            progress.head_chunk_rows = spec.first_plan["head_chunk_rows"]
+        smaller = min(spec.smaller_plans, len(planning.BUDGET_SHARES) - 1)
+        while True:
             try:
+                batching, plan = _plan(base, recipe, network, lengths, rows, progress, smaller)
+                if plan is None:
+                    break
+                yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
                 with _memory_guard("the rehearsal of the largest micro-batch", recipe):
                     _rehearse(network, batching, longest_first(rows, valid_rows), min(lengths), device)
                 progress.head_chunk_rows = plan.head_chunk_rows
                 break
             except TrainingFailure as failure:
-                if share == planning.BUDGET_SHARES[-1]:
+                if failure.needs_bytes is not None:
+                    if smaller > 0:  # it is not the device that is too small, but the share of it that proved real
+                        raise TrainingFailure("out_of_memory", failure.message) from failure
+                    # With a checkpoint, how steps are cut is settled, and only a larger device can go on.
+                    if spec.resume_from is not None or not progress.batching:
+                        raise
+                    progress.batching, progress.head_chunk_rows = {}, None
+                    yield Log(level="warn", message=f"Steps are cut anew for this device. {failure.message}")
+                    continue
+                smaller += 1
+                if smaller == len(planning.BUDGET_SHARES):
                     raise
                 yield Log(
                     level="warn", message=f"It did not fit after all, and a smaller one is made. {failure.message}"
                 )
         progress.batching = dataclasses.asdict(batching)
+        yield Began(
+            step=progress.step,
+            total_steps=total_steps,
+            plan=None if plan is None else plan.to_json(),
+            batching=progress.batching,
+        )
 
-        def save_checkpoint() -> CheckpointSaved:
-            folder = spec.work_dir / "checkpoints" / f"step-{progress.step:08d}"
-            checkpoint.save(
-                folder,
-                run_id=run_id,
-                progress=progress,
-                optimizer=optimizer,
-                device=device,
-                write_adapter=lambda path: export.write_adapter_folder(
-                    path, adapter, provenance, step=progress.step, metrics=progress.last
+        loop_began = time.monotonic()
+        saver = Saver(spec, run_id)
+
+        def save_checkpoint(generators: dict[str, Any], *, wanted: bool) -> Iterator[Event]:
+            metrics, step = progress.last, progress.step
+            yield from saver.start(
+                checkpoint.snapshot(
+                    run_id=run_id,
+                    progress=progress,
+                    adapter=adapter,
+                    optimizer=optimizer,
+                    generators=generators,
+                    device=device,
+                    best_adapter=best_adapter,
+                    result_csv=result_csv.read_text(encoding="utf-8"),
                 ),
-                best_adapter=best_adapter,
-                result_csv=result_csv.read_text(encoding="utf-8"),
-            )
-            return CheckpointSaved(
-                step=progress.step,
-                path=str(folder),
-                adapter_dir=str(folder / checkpoint.ADAPTER_FOLDER),
-                metrics=progress.last,
+                lambda path, state: export.write_adapter_folder(
+                    path, adapter, provenance, step=step, metrics=metrics, state=state
+                ),
+                wanted=wanted,
             )
 
+        def stop(reason: str, generators: dict[str, Any]) -> Iterator[Event]:
+            if saver.step != progress.step or progress.pending is not None:
+                yield from save_checkpoint(generators, wanted=True)
+            yield from saver.finish()
+            yield Stopped(step=progress.step, reason=reason)
+
+        generators = checkpoint.generators(device)
         if valid_rows and progress.initial_valid_loss is None:
+            started = time.monotonic()
             with _memory_guard("the evaluation before training", recipe):
-                before = evaluate(network, valid_rows, batching, base)
+                before = evaluate(network, valid_rows, batching, base, interrupted)
+            if before is None:
+                yield from stop(should_stop() or "interrupted", generators)
+                return
             progress.initial_valid_loss = before.loss
+            progress.seconds += time.monotonic() - started
             yield Log(
                 level="info",
                 message=f"Validation loss before training: {before.loss:.4f}.",
                 data={"step": 0, "full_valid_loss": before.loss, "full_valid_mean_token_accuracy": before.accuracy},
             )
         if progress.step < total_steps and not progress.stopped_early and (reason := should_stop()):
-            yield save_checkpoint()
-            yield Stopped(step=progress.step, reason=reason)
+            yield from stop(reason, generators)
             return
 
         # Steps
         order_epoch, order = -1, list[int]()
-        while progress.step < total_steps and not progress.stopped_early:
+        paces: list[tuple[float, int]] = []  # seconds and tokens of each step
+        while (progress.step < total_steps or progress.pending is not None) and not progress.stopped_early:
             started = time.monotonic()
-            epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
-            if epoch != order_epoch:
-                order_epoch, order = epoch, epoch_order(len(rows), recipe.seed, epoch)
-            step_rows = rows_of_step(rows, order, step_in_epoch, recipe.batch_size)
-            num_trained = sum(row.num_trained for row in step_rows)
-            learning_rate = learning_rate_at(progress.step, total_steps, recipe)
-            step = progress.step + 1
+            generators = checkpoint.generators(device)
+            if progress.pending is None:
+                epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
+                if epoch != order_epoch:
+                    order_epoch, order = epoch, epoch_order(len(rows), recipe.seed, epoch)
+                step_rows = rows_of_step(rows, order, step_in_epoch, recipe.batch_size)
+                num_trained = sum(row.num_trained for row in step_rows)
+                learning_rate = learning_rate_at(progress.step, total_steps, recipe)
+                step = progress.step + 1
 
-            with _memory_guard(f"step {step}", recipe):
-                network.clear_gradients()
-                totals = torch.zeros(2, dtype=torch.float64, device=device)
-                for batch in batching.micro_batches(step_rows, pad_token_id(base)):
-                    totals += torch.stack([part.double() for part in network.accumulate(batch.to(device), num_trained)])
-                norm = optimizer.grad_norm()
-                # The one place of a step where a GPU is waited for.
-                loss_total, correct_total, grad_norm = torch.cat((totals, norm.double()[None])).tolist()
-                if not (math.isfinite(loss_total) and math.isfinite(grad_norm)):
-                    raise TrainingFailure(
-                        "non_finite_loss",
-                        f"Step {step} gave loss {loss_total / num_trained:g} and gradient norm {grad_norm:g}; "
-                        f"the weights of step {progress.step} are untouched. A lower learning rate (now "
-                        f"{learning_rate:g}) or a longer warm-up often helps; the rows were on lines "
-                        f"{', '.join(str(row.line) for row in step_rows[:10])}.",
-                    )
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                optimizer.step(max_norm=recipe.max_grad_norm or None, norm=norm)
-            seconds = time.monotonic() - started
+                with _memory_guard(f"step {step}", recipe):
+                    network.clear_gradients()
+                    totals = torch.zeros(2, dtype=torch.float64, device=device)
+                    left = len(batching.compose([len(row.input_ids) for row in step_rows]))
+                    for batch in batching.micro_batches(step_rows, pad_token_id(base)):
+                        part = network.accumulate(batch.to(device), num_trained)
+                        totals += torch.stack([each.double() for each in part])
+                        yield from saver.poll()
+                        left -= 1
+                        if interrupted() and left and (reason := should_stop()):
+                            yield from stop(reason, generators)
+                            return
+                    norm = optimizer.grad_norm()
+                    # The one place of a step where a GPU is waited for.
+                    loss_total, correct_total, grad_norm = torch.cat((totals, norm.double()[None])).tolist()
+                    if not (math.isfinite(loss_total) and math.isfinite(grad_norm)):
+                        raise TrainingFailure(
+                            "non_finite_loss",
+                            f"Step {step} gave loss {loss_total / num_trained:g} and gradient norm {grad_norm:g}; "
+                            f"the weights of step {progress.step} are untouched. A lower learning rate (now "
+                            f"{learning_rate:g}) or a longer warm-up often helps; the rows were on lines "
+                            f"{', '.join(str(row.line) for row in step_rows[:10])}.",
+                        )
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate
+                    optimizer.step(max_norm=recipe.max_grad_norm or None, norm=norm)
+                numbers: dict[str, Any] = {
+                    "step": step,
+                    "total_steps": total_steps,
+                    "epoch": step / steps_per_epoch,
+                    "train_loss": loss_total / num_trained,
+                    "train_mean_token_accuracy": correct_total / num_trained,
+                    "learning_rate": learning_rate,
+                    "grad_norm": grad_norm,
+                    "trained_tokens": num_trained,
+                    "tokens": sum(len(row.input_ids) for row in step_rows),
+                    "seconds": time.monotonic() - started,
+                }
+                progress.step = step
+                progress.trained_tokens += num_trained
+                paces.append((numbers["seconds"], numbers["tokens"]))
+            else:
+                numbers, progress.pending = progress.pending, None
+                step = progress.step
 
-            valid_loss = valid_accuracy = None
             if step in eval_steps and valid_rows:
+                generators = checkpoint.generators(device)
                 with _memory_guard(f"the evaluation at step {step}", recipe):
-                    found = evaluate(network, valid_rows, batching, base)
-                valid_loss, valid_accuracy = found.loss, found.accuracy
-            metrics = StepMetrics(
-                step=step,
-                total_steps=total_steps,
-                epoch=step / steps_per_epoch,
-                train_loss=loss_total / num_trained,
-                train_mean_token_accuracy=correct_total / num_trained,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                trained_tokens=num_trained,
-                tokens=sum(len(row.input_ids) for row in step_rows),
-                seconds=seconds,
-                valid_loss=valid_loss,
-                valid_mean_token_accuracy=valid_accuracy,
-                full_valid_loss=valid_loss,
-                full_valid_mean_token_accuracy=valid_accuracy,
-            )
-            progress.step = step
-            progress.trained_tokens += num_trained
+                    found = evaluate(network, valid_rows, batching, base, interrupted)
+                if found is None:
+                    progress.pending, progress.last = numbers, _summary(StepMetrics(**numbers))
+                    progress.seconds += time.monotonic() - started
+                    yield from stop(should_stop() or "interrupted", generators)
+                    return
+                numbers |= {
+                    "valid_loss": found.loss,
+                    "valid_mean_token_accuracy": found.accuracy,
+                    "full_valid_loss": found.loss,
+                    "full_valid_mean_token_accuracy": found.accuracy,
+                }
+            metrics = StepMetrics(**numbers)
             progress.seconds += time.monotonic() - started
             progress.last = _summary(metrics)
-            if valid_loss is not None and _note_evaluation(progress, recipe.early_stopping):
+            if metrics.full_valid_loss is not None and _note_evaluation(progress, recipe.early_stopping):
                 best_adapter = adapter.state_dict()
             with result_csv.open("a", encoding="utf-8") as file:
                 file.write(_csv_line(metrics))
             yield metrics
 
+            yield from saver.poll()
             if step in save_steps:
-                yield save_checkpoint()
+                yield from save_checkpoint(checkpoint.generators(device), wanted=True)
+            elif step < total_steps and saver.is_due(step):
+                yield from save_checkpoint(checkpoint.generators(device), wanted=False)
             if step < total_steps and not progress.stopped_early and (reason := should_stop()):
-                if step not in save_steps:
-                    yield save_checkpoint()
-                yield Stopped(step=step, reason=reason)
+                yield from stop(reason, checkpoint.generators(device))
                 return
 
         # Result
@@ -359,6 +449,7 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
         adapter_dir = spec.work_dir / "adapter"
         adapter_step = int(adapter_metrics["step"])
         export.write_adapter_folder(adapter_dir, adapter, provenance, step=adapter_step, metrics=adapter_metrics)
+        yield from saver.finish()
         yield Finished(
             adapter_dir=str(adapter_dir),
             adapter_step=adapter_step,
@@ -371,11 +462,100 @@ def train(spec: TrainingSpec, base: BaseModel, should_stop: Callable[[], str | N
             initial_valid_loss=progress.initial_valid_loss,
             final_metrics=progress.last,
             best_metrics=progress.best,
+            measured={
+                "peak_bytes": memory.peak(),
+                "loop_seconds": time.monotonic() - loop_began,
+                **_pace(paces),
+            },
         )
+    except Exception:
+        if saver is not None:
+            yield from saver.give_up()  # what is being written is whole, and the next attempt begins there
+        raise
     finally:
+        if saver is not None:
+            saver.close()
         lora.detach(model)
         if network is not None:
             network.close()
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes checkpoints beside the training and says when they are on the disk. Its methods give events to yield.
+
+    At most one is on its way: one that is asked for waits for the one before, one that only bounds a loss is left out.
+    """
+
+    def __init__(self, spec: TrainingSpec, run_id: str) -> None:
+        self.step: int | None = None  # of the newest one that was begun and has not failed
+        self._spec, self._run_id = spec, run_id
+        self._writer = checkpoint.Writer()
+        self._announcement: CheckpointSaved | None = None
+        self._failures = 0
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether time or steps ask for a checkpoint, and nothing is on its way."""
+        seconds, steps = self._spec.checkpoint_seconds, self._spec.checkpoint_steps
+        by_time = seconds is not None and time.monotonic() - self._last >= seconds
+        return not self._writer.is_busy and (by_time or (steps is not None and step % steps == 0))
+
+    def start(
+        self,
+        state: checkpoint.Snapshot,
+        write_adapter: Callable[[Path, dict[str, Tensor]], None],
+        *,
+        wanted: bool,
+    ) -> Iterator[Event]:
+        yield from self.poll(wait=True)
+        folder = self._spec.work_dir / "checkpoints" / f"step-{state.progress.step:08d}"
+        self.step = state.progress.step
+        self._last = time.monotonic()
+        self._announcement = CheckpointSaved(
+            step=state.progress.step,
+            path=str(folder),
+            adapter_dir=str(folder / checkpoint.ADAPTER_FOLDER),
+            metrics=state.progress.last,
+            wanted=wanted,
+        )
+        self._writer.start(lambda: checkpoint.write(folder, state, write_adapter))
+
+    def poll(self, *, wait: bool = False) -> Iterator[Event]:
+        """What has come to its end. Raises TrainingFailure when too many writes in a row have failed."""
+        try:
+            if self._writer.is_done(wait=wait):
+                assert self._announcement is not None
+                self._failures = 0
+                yield self._announcement
+        except OSError as error:
+            failure = named(error)
+            if failure is None:
+                raise
+            self.step = None
+            self._failures += 1
+            if self._failures == MOST_FAILED_WRITES:
+                raise failure from error
+            yield Log(
+                level="warn",
+                message=f"A checkpoint could not be written, and the training goes on without it. {failure.message}",
+                data={"code": failure.code},
+            )
+
+    def finish(self) -> Iterator[Event]:
+        """Wait for the last one. Raises TrainingFailure if that cannot be written."""
+        self._failures = MOST_FAILED_WRITES - 1
+        yield from self.poll(wait=True)
+
+    def give_up(self) -> Iterator[Event]:
+        """Wait for the last one, whatever becomes of it."""
+        with suppress(Exception):  # it may have met what ended the run
+            yield from self.poll(wait=True)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 # The mathematics ------------------------------------------------------------------------------------------------------
@@ -389,10 +569,21 @@ class Evaluation:
     accuracy: float
 
 
-def evaluate(network: Network, rows: Sequence[Row], batching: Batching, base: BaseModel) -> Evaluation:
-    """Over all of `rows`, without dropout. Draws no random number, so evaluating does not change the training."""
+def evaluate(
+    network: Network,
+    rows: Sequence[Row],
+    batching: Batching,
+    base: BaseModel,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Over all of `rows`, without dropout; None if it was interrupted before its end.
+
+    Draws no random number, so evaluating does not change the training.
+    """
     totals = torch.zeros(2, dtype=torch.float64, device=base.device)
     for batch in batching.micro_batches(rows, pad_token_id(base)):
+        if interrupted():
+            return None
         totals += torch.stack([part.double() for part in network.evaluate(batch.to(base.device))])
     loss_total, correct_total = totals.tolist()
     num_trained = sum(row.num_trained for row in rows)
@@ -457,6 +648,10 @@ def _network(
     return decoder, None
 
 
+def _mode(recipe: Recipe, network: Network) -> BatchMode:
+    return "packed" if recipe.packing and isinstance(network, Decoder) else "padded"
+
+
 def _plan(
     base: BaseModel,
     recipe: Recipe,
@@ -464,18 +659,25 @@ def _plan(
     lengths: list[int],
     rows: Rows,
     progress: Progress,
-    share: float,
+    smaller: int,
 ) -> tuple[Batching, Plan | None]:
-    """How steps are cut, as it was stored or decided now; and what is kept, where there is a GPU to plan for."""
-    mode: Literal["packed", "padded"] = "packed" if recipe.packing and isinstance(network, Decoder) else "padded"
+    """How steps are cut, as it was stored or decided now; and what is kept, where there is a GPU to plan for.
+
+    `smaller` counts the plans before that did not fit. Without a planner a smaller one recomputes what it can, and cuts
+    steps into halves as often; where that is stored, it stays as it is.
+    """
+    mode = _mode(recipe, network)
     stored = Batching(**progress.batching) if progress.batching else None
     if not isinstance(network, Decoder) or base.device.type != "cuda":
         if isinstance(network, Decoder):
             network.head_chunk_rows = progress.head_chunk_rows
-            planning.follow_without_plan(network, recipe)
-        return stored or planning.default_batching(recipe, lengths, mode), None
+            recompute = recipe.gradient_checkpointing or smaller > 0
+            planning.follow_without_plan(network, dataclasses.replace(recipe, gradient_checkpointing=recompute))
+        tokens = max(1, min(planning.CPU_TOKENS, recipe.micro_batch_tokens) >> smaller)
+        cut = dataclasses.replace(recipe, micro_batch_tokens=tokens)
+        return stored or planning.default_batching(cut, lengths, mode), None
     work = planning.work_of(recipe, rows.lengths, max(lengths), rows.num_trained, stored, progress.head_chunk_rows)
-    plan = planning.make_plan(base, recipe, work, share)
+    plan = planning.make_plan(base, recipe, work, planning.BUDGET_SHARES[smaller])
     planning.follow(network, plan, recipe)
     return stored or planning.batching_of(plan, mode), plan
 
@@ -494,9 +696,11 @@ def _rehearse(
         if room < shortest:
             break
     batch = _largest(chosen, batching)
-    network.accumulate(batch.to(device), 1.0)
-    network.clear_gradients()
-    torch.set_rng_state(generators)
+    try:
+        network.accumulate(batch.to(device), 1.0)
+    finally:
+        network.clear_gradients()
+        torch.set_rng_state(generators)
 
 
 def _largest(rows: Sequence[Row], batching: Batching) -> MicroBatch:
@@ -537,6 +741,41 @@ def _remarks(dataset: EncodedDataset, name: str, max_seq_length: int, recipe: Re
     for level, message in remarks(dataset.facts, name, max_seq_length=max_seq_length, truncation=recipe.truncation):
         if level == "warn":
             yield Log(level="warn", message=f"{message}.")
+
+
+class MemoryMeter:
+    """The most memory that a run takes."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        if base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(base.device)
+        else:
+            with suppress(OSError):  # the kernel's own highest mark goes on from here
+                Path("/proc/self/clear_refs").write_text("5")
+        self._before = _resident("VmRSS")
+
+    def peak(self) -> int:
+        """Bytes: of the allocator on a GPU; on a CPU what the process grew by, and the base model."""
+        if self._base.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._base.device)
+        return max(0, _resident("VmHWM") - self._before) + self._base.num_bytes
+
+
+def _resident(name: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _pace(paces: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """Without the first step, which pays for what is made once; nothing of fewer than two."""
+    seconds, tokens = sum(pace[0] for pace in paces[1:]), sum(pace[1] for pace in paces[1:])
+    if not seconds:
+        return {}
+    return {"step_seconds": seconds / len(paces[1:]), "tokens_per_second": tokens / seconds}
 
 
 def _note_evaluation(progress: Progress, stopping: EarlyStopping | None) -> bool:
@@ -601,10 +840,8 @@ def _seed_everything(seed: int) -> None:
 def _memory_guard(what: str, recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU's allocator and cuBLAS have no exception class of their own for it.
-        known = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-        if type(error) is RuntimeError and not any(words in str(error) for words in known):
+    except (MemoryError, RuntimeError) as error:  # torch's own class is a RuntimeError
+        if not is_out_of_memory(error):
             raise
         raise TrainingFailure(
             "out_of_memory",

@@ -32,7 +32,7 @@ from graft.db import Database, now
 from graft.errors import GraftError
 from graft.jobs import Claim, Event
 from graft.settings import Settings
-from graft.storage import DatabaseStorage, Storage, pieces_of, save_to
+from graft.storage import PatientStorage, Storage, StorageUnavailable, open_storage, pieces_of, save_to
 from graft_worker import archive
 from graft_worker.processes import scratch_folder
 from graft_worker.spec import TrainingSpec
@@ -197,7 +197,8 @@ class Supervisor:
 
     def _run(self, claim: Claim) -> None:
         heart = Heart(self._db, claim, self._settings)
-        run = Run(claim, self._db, self._storage, self._settings, heart)
+        storage = PatientStorage(self._storage, give_up=lambda: heart.is_lost or self.stop.is_set())
+        run = Run(claim, self._db, storage, self._settings, heart)
         try:
             with scratch_folder(self._settings.data_dir / "work", f"{claim.job_id}-{claim.attempt}") as work_dir:
                 spec = self._stage(run, work_dir)
@@ -210,6 +211,9 @@ class Supervisor:
             log.info("the claim is gone; stopping at once", extra={"job": claim.job_id})
         except EngineLost as lost:
             self._recover(run, str(lost))
+        except StorageUnavailable:  # until this worker was told to stop
+            text = "The worker stopped while the object store was away; the job goes on from its last checkpoint"
+            run.persist(lambda s: jobs.release(s, claim, text))
         except GraftError as error:
             code, message, param = error.code or "internal_error", error.message, error.param
             run.persist(lambda s: jobs.fail(s, claim, code=code, message=message, param=param))
@@ -506,11 +510,12 @@ def supervisor(settings: Settings, name: str) -> Iterator[Supervisor]:
     """A supervisor over the configured database, closed at the end.
 
     Raises:
-        ConfigurationError: the database is missing, away, or of another version; the catalogue cannot be used.
+        ConfigurationError: the database is missing, away, or of another version; the catalogue or the object store
+            cannot be used.
     """
     database = Database(settings.require_database_url())
     database.require_current()
-    made = Supervisor(settings, database, DatabaseStorage(database), name)
+    made = Supervisor(settings, database, open_storage(settings.storage_url, database), name)
     try:
         yield made
     finally:

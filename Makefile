@@ -1,10 +1,10 @@
-# make demo · make test · make check · make bench · make serve      (each makes .venv first if it is missing)
+# make demo · make test · make check · make chaos · make bench · make serve      (each makes .venv first if it is missing)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench format serve clean
+.PHONY: help .venv demo test check chaos bench format serve clean
 
 help:  ## this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ check: .venv/installed  ## format, lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+chaos: .venv/installed  ## faults against real processes, 5 minutes or KILLS=n kills or SECONDS=n; SEED=n repeats one
+	$(BIN)/python -m tests.chaos $(if $(KILLS),--kills $(KILLS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
+
 bench: .venv/installed  ## on a GPU: every kernel, then training steps beside the peers that are installed
 	$(BIN)/python -m graft_kernels.bench
 	$(BIN)/python benchmarks/train.py
@@ -44,4 +47,4 @@ serve: .venv/installed  ## the service with its defaults: http://127.0.0.1:8000/
 	@$(BIN)/graft serve
 
 clean:  ## remove what make and the tools have made
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output chaos-output

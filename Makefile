@@ -1,10 +1,10 @@
-# make demo · make test · make check · make bench · make fuzz · make serve      (each makes .venv first if it is missing)
+# make demo · make test · make check · make bench · make fuzz · make chaos · make serve   (each makes .venv first if missing)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench fuzz format serve clean
+.PHONY: help .venv demo test check bench fuzz chaos format serve clean
 
 help:  ## this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,11 +41,13 @@ bench: .venv/installed  ## reader, tokeniser and service; on a GPU also every ke
 	  $(BIN)/python -m graft_kernels.bench && $(BIN)/python benchmarks/train.py; \
 	else echo "Skipped, for they need a GPU and torch finds none: graft_kernels.bench, benchmarks/train.py"; fi
 
-SECONDS ?= 600
-fuzz: .venv/installed  ## for SECONDS=600: random files against the reader's promises
+fuzz: .venv/installed  ## for 600 seconds or SECONDS=n: random files against the reader's promises
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python tests/fuzz/reader.py -max_total_time=$(SECONDS)
+	$(BIN)/python tests/fuzz/reader.py -max_total_time=$(or $(SECONDS),600)
+
+chaos: .venv/installed  ## faults against real processes, 5 minutes or KILLS=n kills or SECONDS=n; SEED=n repeats one
+	$(BIN)/python -m tests.chaos $(if $(KILLS),--kills $(KILLS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
 
 format: .venv/installed  ## put the code into shape
 	$(BIN)/ruff format .
@@ -55,4 +57,4 @@ serve: .venv/installed  ## the service with its defaults: http://127.0.0.1:8000/
 	@$(BIN)/graft serve
 
 clean:  ## remove what make and the tools have made
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output chaos-output

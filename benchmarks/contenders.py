@@ -363,15 +363,16 @@ class Graft(Contender):
         """A plan, followed; what it says goes into the row. The cap is on what the allocator reserves."""
         import torch
 
+        from graft import planner
         from graft.planner import Budget, PlanRefused, allocator_budget, plan_for
         from graft_worker import planning
 
         total = torch.cuda.get_device_properties(0).total_memory
         share = planning.BUDGET_SHARES[attempt]
         if cap is None:
-            device = planning.usable_bytes(allocator_budget(total) - (384 << 20), share)
+            device = planner.usable_bytes(allocator_budget(total), share)
         else:
-            device = planning.usable_bytes(int(cap * GIB), share)
+            device = int(cap * GIB * planner.USABLE_SHARE * share)
         try:
             plan = plan_for(self.recipe, self.shape, work, Budget(device=device, host=64 << 30), card=self.card)
         except PlanRefused as refused:

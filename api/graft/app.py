@@ -21,14 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from graft import __version__, schemas
 from graft.catalogue import load_catalogue
-from graft.db import Database
+from graft.db import Database, is_full
 from graft.deps import CarriedError, Service
-from graft.errors import GraftError, InvalidRequest, NotFound, TooLarge, Unavailable
+from graft.errors import GraftError, InsufficientStorage, InvalidRequest, NotFound, TooLarge, Unavailable
 from graft.housekeeping import Housekeeping
 from graft.ids import new_id
 from graft.routes import adapters, files, health, jobs, models, preview, workers
 from graft.settings import Settings
-from graft.storage import DatabaseStorage
+from graft.storage import StorageUnavailable, open_storage
 
 log = logging.getLogger("graft.http")
 
@@ -40,11 +40,11 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     """An application over a database that is already at this code's version.
 
     Raises:
-        ConfigurationError: the catalogue or the database cannot be used.
+        ConfigurationError: the catalogue, the database or the object store cannot be used.
     """
     own = database is None
     database = database or Database(settings.require_database_url())
-    storage = DatabaseStorage(database)
+    storage = open_storage(settings.storage_url, database)
     catalogue = load_catalogue(settings.models)
     housekeeping = Housekeeping(database, storage, catalogue, settings)
 
@@ -111,6 +111,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(OperationalError)
     async def database_away(request: Request, error: OperationalError) -> JSONResponse:
+        if is_full(error):
+            return no_room(error)
         log.warning("the database does not answer: %s", error.orig)
         return _render(
             Unavailable("The database does not answer at the moment; try again.", code="database_unavailable")
@@ -119,6 +121,24 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(PoolTimeout)
     async def database_busy(request: Request, error: PoolTimeout) -> JSONResponse:
         return _render(Unavailable("The database is busy at the moment; try again.", code="database_unavailable"))
+
+    @app.exception_handler(StorageUnavailable)
+    async def storage_away(request: Request, error: StorageUnavailable) -> JSONResponse:
+        log.warning("%s", error)
+        return _render(
+            Unavailable("The object store does not answer at the moment; try again.", code="storage_unavailable")
+        )
+
+    @app.exception_handler(OSError)
+    async def disk_full(request: Request, error: OSError) -> JSONResponse:
+        if not is_full(error):
+            raise error
+        return no_room(error)
+
+    def no_room(error: Exception) -> JSONResponse:
+        log.error("a disk is full: %s", error)
+        text = "The server's disk is full; its operator has to make room before this can succeed."
+        return _render(InsufficientStorage(text, code="insufficient_storage"))
 
 
 _CODES = {

@@ -1,4 +1,4 @@
-"""`graft serve | worker | migrate | files | keys | projects | workers | bench`: the operator's commands."""
+"""`graft serve | worker | migrate | health | files | keys | projects | workers | bench`: the operator's commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--model", metavar="M", required=True, help="a base model of the catalogue")
     files.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows (default: 3)")
     files.add_argument("--line", metavar="L", type=int, default=1, help="from which line on (default: 1)")
+    health = command("health", _health, "Exit with 0 if the API, or this machine's worker, is well: for health checks.")
+    health.add_argument("part", choices=["api", "worker"])
     keys = command("keys", _keys, "Make, list and revoke API keys.")
     keys.add_argument("action", choices=["create", "list", "revoke"])
     keys.add_argument("name", nargs="?", help="create: a name for the key; revoke: its id")
@@ -248,6 +252,36 @@ def _stretches(tokens: Iterable[dict[str, Any]], begin: str, end: str) -> Iterat
         yield token["text"]
     if inside:
         yield end
+
+
+def _health(options: argparse.Namespace, settings: Settings) -> int:
+    if options.part == "api":
+        well, told = _ask_readiness(settings)
+    else:
+        # A worker's own beat, in the database, tells more than a process that exists: it comes from the thread that
+        # would take the next job. All that run on this machine are meant, which in a container is one.
+        database = Database(settings.require_database_url())
+        database.require_current()
+        with database.read() as session:
+            here = f"{socket.gethostname()}-"
+            beating = [row.id for row in workers.alive(session, settings.heartbeat_seconds) if row.id.startswith(here)]
+        well, told = bool(beating), ", ".join(beating) or f"no worker of {here[:-1]} was seen lately"
+    print(told)
+    return 0 if well else 1
+
+
+def _ask_readiness(settings: Settings) -> tuple[bool, str]:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://[{host}]:{settings.port}/readyz" if ":" in host else f"http://{host}:{settings.port}/readyz"
+    # Without the environment's proxies: it is this machine that is asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=4) as answer:
+            return True, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return False, error.read().decode(errors="replace")
+    except OSError as error:
+        return False, f"{url} does not answer: {error}"
 
 
 def _keys(options: argparse.Namespace, settings: Settings) -> int:

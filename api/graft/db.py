@@ -7,8 +7,10 @@ in the middle.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -39,7 +41,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.sql.functions import FunctionElement
@@ -112,6 +114,16 @@ def changed(session: Session, statement: Update | Delete) -> int:
     result = session.execute(statement)
     assert isinstance(result, CursorResult)
     return result.rowcount
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk has no room: ours or SQLite's, or that of PostgreSQL's server."""
+    if isinstance(error, DBAPIError):
+        error = error.orig
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    code = getattr(error, "sqlite_errorcode", None)
+    return code == sqlite3.SQLITE_FULL or getattr(error, "sqlstate", None) == "53100"
 
 
 def one_at_a_time(session: Session, name: str) -> None:
@@ -234,11 +246,22 @@ class Database:
         return self.url.render_as_string(hide_password=True)
 
 
+# A server that vanished without a word is noticed within 20 seconds, well inside a lease; the kernel's own patience is
+# a quarter of an hour. (Of a unix socket libpq ignores all but the first.)
+_TIMEOUTS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+
+
 def _postgresql_engine(url: Any) -> Engine:
     # Fewer than the web has threads: a thread waits for a connection only while others are at work with theirs, since
     # none is held by a request that waits for a thread (`graft.deps.Opening`).
     engine = create_engine(
-        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5}
+        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS
     )
 
     @event.listens_for(engine, "connect")
@@ -250,9 +273,52 @@ def _postgresql_engine(url: Any) -> Engine:
     return engine
 
 
+# Network and shared file systems, on which the lock file of SQLite's write-ahead log is not one memory for all who map
+# it. Such a database seems to work and is corrupt some day. `fuse.*` too, but not `fuseblk`, which is a local disk.
+_SHARED_FILE_SYSTEMS = {
+    *("9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "fakeowner", "fuse", "gfs2", "glusterfs", "gpfs"),
+    *("grpcfuse", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "prl_fs", "shfs", "smb3", "smbfs", "vboxsf"),
+    *("virtiofs", "wekafs"),
+}
+MOUNTS = Path("/proc/self/mounts")
+
+
+def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
+    """Mount point and type of the file system that holds an absolute path; `mounts`: the text of /proc/self/mounts."""
+    found = ("/", "unknown")
+    for line in mounts.splitlines():
+        _, point, kind, *_ = line.split(" ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal.group(1), 8)), point)
+        # Of several mounts on one point the last one is seen.
+        if path.is_relative_to(point) and len(point) >= len(found[0]):
+            found = (point, kind)
+    return found
+
+
+def is_shared(kind: str) -> bool:
+    """Whether SQLite cannot be trusted on a file system of this type."""
+    return kind in _SHARED_FILE_SYSTEMS or kind.startswith("fuse.")
+
+
+def _require_local_disk(file: Path) -> None:
+    try:
+        mounts = MOUNTS.read_text(errors="surrogateescape")
+    except OSError:  # not Linux; asking for WAL still finds out some of them
+        return
+    point, kind = file_system_of(file.resolve(), mounts)
+    if is_shared(kind):
+        raise ConfigurationError(
+            f"The SQLite database {file} would lie on {point}, a file system of type {kind}. SQLite's write-ahead log "
+            "corrupts there. Put it on a local disk (GRAFT_DATA_DIR), or use PostgreSQL (GRAFT_DATABASE_URL)."
+        )
+
+
 def _sqlite_engine(url: Any) -> Engine:
+    _require_local_disk(Path(url.database))
     # Cheap, so more than the web has threads.
-    engine = create_engine(url, pool_size=10, max_overflow=90, connect_args={"check_same_thread": False})
+    engine = create_engine(
+        url, pool_size=10, max_overflow=90, pool_timeout=5, connect_args={"check_same_thread": False}
+    )
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:

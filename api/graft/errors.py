@@ -131,7 +131,7 @@ class IdempotencyMismatch(GraftError):
 
 
 class Unavailable(GraftError):
-    """503: the database is away; the same request may succeed later."""
+    """503: the database or the object store is away; the same request may succeed later."""
 
     status_code = 503
     type = "server_error"
@@ -139,6 +139,17 @@ class Unavailable(GraftError):
     @property
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "2"}
+
+
+class InsufficientStorage(GraftError):
+    """507: a disk of the server is full. Trying again does not help until somebody has made room."""
+
+    status_code = 507
+    type = "server_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
 
 
 class ConfigurationError(GraftError, ValueError):

@@ -95,7 +95,7 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """Where a job could run, as a worker describes it. `bytes` is what its allocator may hold, None on a CPU; `rates`
+    """Where a job could run, as a worker describes it. `bytes` is what a plan may fill, None on a CPU; `rates`
     are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second."""
 
     name: str
@@ -113,7 +113,7 @@ class Device:
 # What an estimate is made for where no worker has said what it has.
 REFERENCE = Device(
     name=planner.H100.name,
-    bytes=planner.allocator_budget(80_000_000_000),
+    bytes=planner.usable_bytes(planner.allocator_budget(80_000_000_000)),
     rates={"gemm": planner.H100.product, "copy": planner.H100.copy, "link": planner.H100.to_host},
 )
 
@@ -179,7 +179,7 @@ def estimate(recipe: Recipe, shape: ModelShape, amount: Amount, device: Device, 
     if device.bytes is None:
         plan = planner.cpu_plan(recipe, shape, work, card)
     else:
-        budget = Budget(device=planner.usable_bytes(device.bytes), host=HOST_BYTES)
+        budget = Budget(device=device.bytes, host=HOST_BYTES)
         try:
             plan = planner.plan_for(recipe, shape, work, budget, card=card)
         except PlanRefused as refused:

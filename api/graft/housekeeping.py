@@ -23,7 +23,7 @@ from graft.catalogue import Catalogue
 from graft.db import Database
 from graft.models import Outbox
 from graft.settings import Settings
-from graft.storage import Storage
+from graft.storage import Storage, StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _one_of_many(what: str, **names: str) -> Iterator[None]:
     """One that fails must not keep the others waiting."""
     try:
         yield
-    except OperationalError:
+    except (OperationalError, StorageUnavailable):
         raise
     except Exception:
         log.exception(what, extra=names)
@@ -188,6 +188,8 @@ class Rounds(threading.Thread):
                 pause = self._once()
             except OperationalError as error:
                 log.warning("the database is away, trying again in %.0f s: %s", TURN_SECONDS, error.orig)
+            except StorageUnavailable as error:
+                log.warning("%s; trying again in %.0f s", error, TURN_SECONDS)
             except Exception:
                 log.exception("%s failed, trying again in %.0f s", self.name, TURN_SECONDS)
             self._wake.wait(TURN_SECONDS if pause is None else min(max(pause, SHORTEST_PAUSE_SECONDS), TURN_SECONDS))

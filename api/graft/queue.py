@@ -28,12 +28,22 @@ def celery_app(broker_url: str) -> Celery:
         # A busy worker leaves the next nudge on the queue, for one that is idle.
         worker_disable_prefetch=True,
         worker_send_task_events=False,
+        # A broker that restarts is no reason to stop a training run.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # Nobody asks a worker anything through the broker; what it does stands in the database.
+        worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=4,
-        # Without a time limit a publish on a dead connection waits for ever.
-        broker_transport_options={"socket_timeout": 10, "socket_connect_timeout": 4, "retry_on_timeout": True},
+        # Without a time limit a publish on a dead connection waits for ever. The visibility timeout is left alone: a
+        # message is gone with its acknowledgement, before the job begins, so nothing is ever delivered again.
+        broker_transport_options={
+            "socket_timeout": 10,
+            "socket_connect_timeout": 4,
+            "socket_keepalive": True,
+            "retry_on_timeout": True,
+        },
     )
     return app
 

@@ -263,6 +263,8 @@ def validate(database: Database, storage: Storage, catalogue: Catalogue, setting
         job = session.get_one(Job, job_id)
         training = jobs.file_of(session, job.project_id, job.training_file)
         validation = jobs.file_of(session, job.project_id, job.validation_file) if job.validation_file else None
+    if any(file is not None and file.status == "uploaded" for file in (training, validation)):
+        return  # it could not be read yet, because the store is away or another process is at it
     try:
         if job.validation_file is not None:
             _require_good(validation, "validation_file", 1)

@@ -22,6 +22,11 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default=Path.home() / ".graft", description="database, scratch space and logs live here")
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; SQLite in data_dir when unset")
     broker_url: str | None = Field(default=None, description="redis://... for Celery; unset: workers ask the database")
+    storage_url: str | None = Field(
+        default=None,
+        description="s3://bucket/prefix?endpoint=http://host:port&region=name&path_style=true; unset: content lies in "
+        "the database",
+    )
     api_key: str | None = Field(default=None, min_length=16, description="a bearer key that is always accepted")
     models: Path = Field(
         default=Path(__file__).parent / "base_models" / "models.toml", description="the catalogue of base models"

@@ -15,7 +15,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 from sqlalchemy import ColumnElement, and_, delete, exists, select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from graft.db import Database, changed, now
+from graft.db import Database, changed, is_full, now
 from graft.errors import ConfigurationError
 from graft.models import Adapter, AdapterFile, Blob, BlobChunk, Checkpoint, File
 
@@ -304,6 +304,7 @@ class S3Storage(DatabaseStorage):
             yield self._window(blob_id, position, min(position + WINDOW, stop))
 
     def _window(self, blob_id: int, start: int, stop: int) -> bytes:
+        # An answer that breaks off is not one of those that botocore tries again by itself.
         broken = (
             self._errors.IncompleteReadError,
             self._errors.ReadTimeoutError,
@@ -315,9 +316,11 @@ class S3Storage(DatabaseStorage):
                     answer = self._client.get_object(
                         Bucket=self._bucket, Key=self._key(blob_id), Range=f"bytes={start}-{stop - 1}"
                     )
-                    # An answer that breaks off is not one of those that botocore tries again by itself.
                     with contextlib.closing(answer["Body"]) as body:
                         data: bytes = body.read()
+                    # One that breaks off within its headers looks like a whole one with few of them and no body.
+                    if len(data) != answer.get("ContentLength"):
+                        raise self._errors.IncompleteReadError(actual_bytes=len(data), expected_bytes=stop - start)
             except StorageUnavailable as error:
                 if _status(error.__cause__) == 404:
                     raise KeyError(f"object {self._key(blob_id)}") from error
@@ -371,6 +374,63 @@ class S3Storage(DatabaseStorage):
             raise StorageUnavailable(f"The object store {self._shown} does not answer: {error}") from error
 
 
+class PatientStorage:
+    """A store for a worker, which waits where others would fail: a job is not lost because its store is away.
+
+    That goes for the database too, as it says where the bytes lie. A store that is full is an error at once.
+    """
+
+    def __init__(self, storage: Storage, give_up: Callable[[], bool]) -> None:
+        """`give_up` is asked between the tries; once it is true, the last error is raised as it came."""
+        self._storage, self._give_up = storage, give_up
+
+    def put(self, pieces: Iterable[bytes]) -> Stored:
+        """As of every store. Only what can be iterated over again (`pieces_of`, `remade`) can be tried again."""
+        for pause in _pauses():
+            try:
+                return self._storage.put(pieces)
+            except (StorageUnavailable, OperationalError) as error:
+                if iter(pieces) is pieces or not self._waited(error, pause):
+                    raise
+        raise AssertionError("unreachable")
+
+    def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        pieces = self._pieces(sha256, start, end)
+        return _verified(pieces, sha256) if start == 0 and end is None else pieces
+
+    def _pieces(self, sha256: str, start: int, end: int | None) -> Iterator[bytes]:
+        position, pauses = start, _pauses()
+        while True:
+            try:
+                for piece in self._storage.read(sha256, position, end):
+                    position, pauses = position + len(piece), _pauses()
+                    yield piece
+                return
+            except (StorageUnavailable, OperationalError) as error:
+                if not self._waited(error, next(pauses)):
+                    raise
+
+    def sweep(self, older_than: float) -> int:
+        return self._storage.sweep(older_than)
+
+    def _waited(self, error: Exception, pause: float) -> bool:
+        """False if waiting is of no use, or of no use any more."""
+        if is_full(error):
+            return False
+        log.warning("content waits for its store, trying again: %s", error)
+        deadline = time.monotonic() + pause
+        while not self._give_up():
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def _pauses() -> Iterator[float]:
+    yield from (0.5, 1.0, 2.0, 5.0)
+    yield from itertools.repeat(10.0)
+
+
 def open_storage(url: str | None, database: Database) -> Storage:
     """The store that GRAFT_STORAGE_URL names: `s3://bucket/prefix?endpoint=...&region=...&path_style=...`, or None.
 
@@ -421,11 +481,26 @@ def save_to(storage: Storage, sha256: str, path: Path) -> None:
             file.write(piece)
 
 
-def pieces_of(path: Path) -> Iterator[bytes]:
+@dataclass(frozen=True, slots=True)
+class pieces_of:  # noqa: N801 - reads as the function it would be, and can be iterated over again
     """A file's bytes in pieces, for `put`."""
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            yield piece
+
+    path: Path
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            while piece := file.read(CHUNK):
+                yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class remade:  # noqa: N801 - as `pieces_of`
+    """Pieces that are made anew each time they are iterated over, for a `put` that may have to begin again."""
+
+    make: Callable[[], Iterator[bytes]]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.make()
 
 
 def _is_unnamed() -> ColumnElement[bool]:

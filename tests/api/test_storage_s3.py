@@ -8,14 +8,30 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from graft.db import Database
 from graft.errors import ConfigurationError
-from graft.storage import CHUNK, PART, WINDOW, S3Storage, Storage, StorageUnavailable, open_storage
+from graft.storage import (
+    CHUNK,
+    PART,
+    WINDOW,
+    PatientStorage,
+    S3Storage,
+    Storage,
+    StorageUnavailable,
+    open_storage,
+    pieces_of,
+    remade,
+)
 
 from .bucket import KEY_ID, SECRET, Bucket, Gate, S3Server, set_credentials
 
@@ -269,3 +285,77 @@ def test_no_log_shows_a_credential(
         assert KEY_ID not in text
         assert SECRET not in text
         assert "Signature" not in text
+
+
+# -- a worker's patience ------------------------------------------------------------------------------------------
+
+
+def test_a_patient_store_waits_for_one_that_is_away(
+    gated: Storage, gate: Gate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "content"
+    file.write_bytes(b"".join(pieces(6 * WINDOW)))
+    patient = PatientStorage(gated, give_up=lambda: False)
+    gate.shut()
+    with ThreadPoolExecutor(1) as worker:
+        put = worker.submit(patient.put, remade(lambda: iter(pieces_of(file))))
+        until("the store is missed", lambda: "trying again" in caplog.text)
+        again = gate.reopen()
+        stored = put.result(timeout=30)
+        assert stored.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+        # In the middle of a download: it goes on behind what came through.
+        content = patient.read(stored.sha256)
+        first = next(content)
+        again.shut()
+        caplog.clear()
+        rest = worker.submit(lambda: b"".join(content))
+        until("the store is missed", lambda: "trying again" in caplog.text)
+        last = again.reopen()
+        assert first + rest.result(timeout=30) == file.read_bytes()
+        last.shut()
+
+
+def test_patience_ends_when_nobody_waits_any_more(gated: Storage, gate: Gate, tmp_path: Path) -> None:
+    file = tmp_path / "content"
+    file.write_bytes(b"x")
+    stored = gated.put(pieces_of(file))
+    gate.shut()
+    asked: list[None] = []
+
+    def give_up() -> bool:
+        asked.append(None)
+        return len(asked) > 2
+
+    patient = PatientStorage(gated, give_up)
+    with pytest.raises(StorageUnavailable):
+        patient.put(pieces_of(file))
+    with pytest.raises(StorageUnavailable):
+        next(patient.read(stored.sha256))
+    # What can be read only once cannot be sent twice.
+    with pytest.raises(StorageUnavailable):
+        PatientStorage(gated, give_up=lambda: False).put(iter([b"once"]))
+
+
+def test_patience_is_of_no_use_with_a_disk_that_is_full(sqlite: Database, tmp_path: Path) -> None:
+    file = tmp_path / "content"
+    file.write_bytes(bytes(4 * CHUNK))
+    with sqlite.engine.connect() as connection:
+        pages = connection.exec_driver_sql("pragma page_count").scalar_one()
+    sqlite.dispose()
+    limited = Database(str(sqlite.url))
+
+    @event.listens_for(limited.engine, "connect")
+    def limit(connection: Any, record: Any) -> None:
+        connection.execute(f"pragma max_page_count = {pages + 100}")
+
+    with pytest.raises(OperationalError, match="full"):
+        PatientStorage(open_storage(None, limited), give_up=lambda: False).put(pieces_of(file))
+    limited.dispose()
+
+
+def until(what: str, look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not look():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)

@@ -21,6 +21,8 @@ def run_celery(supervisor: Supervisor, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; the running job is saved and goes back to the queue."""
     assert settings.broker_url is not None
     app = celery_app(settings.broker_url)
+    # SIGTERM waits for the running task by itself; SIGQUIT, or REMAP_SIGTERM=SIGQUIT, only with this.
+    app.conf.worker_soft_shutdown_timeout = settings.grace_seconds + 5
 
     @app.task(name=TASK)
     def nudged(job_id: str) -> None:
@@ -50,6 +52,13 @@ def run_celery(supervisor: Supervisor, settings: Settings) -> None:
             quiet=True,
             redirect_stdouts=False,
         )
+        wait = worker.wait_for_soft_shutdown
+
+        def tell_and_wait() -> None:
+            supervisor.leave()  # Celery's signal, `stop` above, would come after the waiting
+            wait()
+
+        worker.wait_for_soft_shutdown = tell_and_wait
         worker.start()
     finally:
         supervisor.stop.set()

@@ -20,18 +20,13 @@ from graft_worker.batches import ALIGNMENT, Batching, BatchMode
 from graft_worker.decoder import KEEP_ALL, TENSORS, Decoder
 from graft_worker.failures import TrainingFailure
 
-# The most tokens of a micro-batch on a CPU, where larger products gain nothing.
-CPU_TOKENS = 4096
-# Left to whoever else uses the device; and of the rest, what the allocator loses between its blocks.
-_SPARE_BYTES = 384 << 20
-_USABLE_SHARE = 0.96
-# Of that, where what was planned did not fit after all: for the second attempt and the third.
+# Of what a plan may fill, where what was planned did not fit after all: for the second attempt and the third.
 BUDGET_SHARES = (1.0, 0.88, 0.75)
 
 
 def default_batching(recipe: Recipe, lengths: Sequence[int], mode: BatchMode) -> Batching:
     """How steps are cut where no plan says so."""
-    tokens = max(min(CPU_TOKENS, recipe.micro_batch_tokens), max(lengths))
+    tokens = max(min(planner.CPU_TOKENS, recipe.micro_batch_tokens), max(lengths))
     return Batching(mode=mode, token_budget=-(-tokens // ALIGNMENT) * ALIGNMENT)
 
 
@@ -62,11 +57,6 @@ def work_of(
     )
 
 
-def usable_bytes(there_is: int, share: float = 1.0) -> int:
-    """What a plan may fill of the bytes that the allocator can have."""
-    return int(there_is * _USABLE_SHARE * share)
-
-
 def make_plan(base: BaseModel, recipe: Recipe, work: Work, share: float = 1.0) -> Plan:
     """The fastest plan that fits the device, or a share of what is usable of it.
 
@@ -76,7 +66,7 @@ def make_plan(base: BaseModel, recipe: Recipe, work: Work, share: float = 1.0) -
     shape = ModelShape.from_config(base.model.config.to_dict())
     free, _ = torch.cuda.mem_get_info(base.device)
     there_is = free + torch.cuda.memory_reserved(base.device)
-    device = usable_bytes(there_is - _SPARE_BYTES, share)
+    device = planner.usable_bytes(there_is, share)
     budget = Budget(device=device, host=_host_bytes() // 2)
     try:
         return planner.plan_for(recipe, shape, work, budget, card=measured_card(base.device))

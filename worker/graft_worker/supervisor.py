@@ -40,7 +40,7 @@ from graft.errors import ConfigurationError, GraftError
 from graft.jobs import Claim, Event
 from graft.models import Desired, Job
 from graft.settings import Settings
-from graft.storage import DatabaseStorage, Storage, pieces_of, save_to
+from graft.storage import PatientStorage, Storage, StorageUnavailable, open_storage, pieces_of, remade, save_to
 from graft_worker import archive
 from graft_worker.engine_process import EngineLost, EngineProcess, Message
 from graft_worker.failures import named
@@ -237,7 +237,8 @@ class Supervisor:
 
     def _run(self, claim: Claim) -> None:
         heart = Heart(self._db, claim, self._settings)
-        run = Run(claim, self._db, self._storage, self._settings, heart, self._presence.device_bytes)
+        storage = PatientStorage(self._storage, give_up=lambda: heart.is_lost or self.stop.is_set())
+        run = Run(claim, self._db, storage, self._settings, heart, self._presence.device_bytes)
         try:
             with scratch_folder(self._settings.data_dir / "work", f"{claim.job_id}-{claim.attempt}") as work_dir:
                 try:
@@ -249,6 +250,9 @@ class Supervisor:
             log.info("the claim is gone; stopping at once", extra={"job": claim.job_id})
         except (EngineLost, Stalled) as lost:
             run.recover(Failure("worker_lost", str(lost)))
+        except StorageUnavailable:  # until this worker was told to stop
+            text = "The worker stopped while the object store was away; the job goes on from its last checkpoint"
+            run.persist(lambda s: jobs.release(s, claim, text))
         except GraftError as error:
             run.fail(Failure(error.code or "internal_error", error.message, error.param))
         except Exception as error:
@@ -628,7 +632,7 @@ class Run:
     def _store_checkpoint(self, message: Message) -> None:
         """In the uploads' thread."""
         folder, step = Path(message["path"]), message["step"]
-        state = self._storage.put(archive.stream(folder, name=f"state-{step}", compress=False))
+        state = self._storage.put(remade(lambda: archive.stream(folder, name=f"state-{step}", compress=False)))
         content = self._store_adapter(Path(message["adapter_dir"]))
         # Whoever resumes from it does not tell again of the steps before.
         if not self._flush_all() or not self.persist(
@@ -654,7 +658,7 @@ class Run:
 
     def _store_adapter(self, folder: Path) -> AdapterContent:
         return AdapterContent(
-            archive=self._storage.put(archive.stream(folder, name="adapter", compress=True)),
+            archive=self._storage.put(remade(lambda: archive.stream(folder, name="adapter", compress=True))),
             files={
                 path.name: self._storage.put(pieces_of(path)) for path in sorted(folder.iterdir()) if path.is_file()
             },
@@ -776,12 +780,12 @@ def supervisor(settings: Settings, name: str) -> Iterator[Supervisor]:
     """A supervisor over the configured database, closed at the end.
 
     Raises:
-        ConfigurationError: the database is missing, away, or of another version; the catalogue or the GPU cannot be
-            used.
+        ConfigurationError: the database is missing, away, or of another version; the catalogue, the object store or the
+            GPU cannot be used.
     """
     database = Database(settings.require_database_url())
     database.require_current()
-    made = Supervisor(settings, database, DatabaseStorage(database), name)
+    made = Supervisor(settings, database, open_storage(settings.storage_url, database), name)
     try:
         made.start()
         yield made

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graft import planner
 from graft.planner import Plan
 from graft.recipe import EarlyStopping, Recipe
 from graft.supervision import Limits, remarks
@@ -673,7 +674,7 @@ def _plan(
             network.head_chunk_rows = progress.head_chunk_rows
             recompute = recipe.gradient_checkpointing or smaller > 0
             planning.follow_without_plan(network, dataclasses.replace(recipe, gradient_checkpointing=recompute))
-        tokens = max(1, min(planning.CPU_TOKENS, recipe.micro_batch_tokens) >> smaller)
+        tokens = max(1, min(planner.CPU_TOKENS, recipe.micro_batch_tokens) >> smaller)
         cut = dataclasses.replace(recipe, micro_batch_tokens=tokens)
         return stored or planning.default_batching(cut, lengths, mode), None
     work = planning.work_of(recipe, rows.lengths, max(lengths), rows.num_trained, stored, progress.head_chunk_rows)

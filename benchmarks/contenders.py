@@ -435,9 +435,14 @@ class Graft(Contender):
         work = planning.work_of(recipe, every, max(every), sum(every) - len(every), None, None)
         plan = self.plan(work, None)
         batching = planning.batching_of(plan, "packed")
+        a_token = plan.micro_batch_seconds / plan.micro_batch_tokens
         for step_lengths in lengths:
             rows = self._rows([random_ids(length, self.generator) for length in step_lengths])
-            told = self._told(plan, 0) | {"remark": f"packed to {batching.token_budget} tokens"}
+            told = self._told(plan, 0) | {
+                # A step is several micro-batches, and the last is not full.
+                "planned_ms": round((a_token * sum(every) / len(lengths) + plan.optimizer_seconds) * 1e3, 1),
+                "remark": f"packed to {batching.token_budget} tokens",
+            }
             yield Case(lambda rows=rows: self._step(rows, batching), told)  # type: ignore[misc]
 
     def curve(

@@ -1,5 +1,6 @@
 """The tools of `make chaos`: the network is as bad as it says, and the judge finds every kind of harm."""
 
+import errno
 import socket
 import socketserver
 import threading
@@ -14,8 +15,10 @@ from graft import jobs, tenancy
 from graft.db import Database
 from graft.models import AdapterFile, Job, JobEvent, Outbox
 from graft.storage import DatabaseStorage
+from graft_worker.failures import named
 
 from .api import given
+from .chaos.campaign import DISK_FULL
 from .chaos.customer import STEPS, Accepted
 from .chaos.judge import judge, weights_sha256
 from .chaos.proxy import FAIR, Proxy, Weather
@@ -169,6 +172,18 @@ def test_a_job_that_failed_or_was_cancelled_unasked_is_lost(world: World) -> Non
     assert world.find() == {"lost": {world.cancelled, held.job_id}}
     verdict = judge(world.database, {held.job_id: Accepted("plain")}, {}, may_fail=frozenset({"internal_error"}))
     assert verdict.lost == set()
+
+
+def test_a_full_disk_may_fail_a_job_by_the_workers_name_for_it(world: World) -> None:
+    failure = named(OSError(errno.ENOSPC, "No space left on device"))
+    assert failure is not None
+    held = given.running_job(world.database)
+    world.accepted[held.job_id] = Accepted("plain")
+    with world.database.write() as session:
+        jobs.fail(session, held, code=failure.code, message=failure.message, param=failure.param)
+        session.execute(delete(Outbox))
+    assert world.find() == {"lost": {held.job_id}}
+    assert judge(world.database, world.accepted, world.expected, may_fail=frozenset({DISK_FULL})).is_good
 
 
 def test_a_second_ending_and_a_second_job_are_found(world: World) -> None:

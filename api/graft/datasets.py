@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 import tempfile
@@ -1135,4 +1136,11 @@ def main(arguments: Sequence[str], source: BinaryIO) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(main(sys.argv[1:], sys.stdin.buffer), sys.stdout)
+    try:
+        json.dump(main(sys.argv[1:], sys.stdin.buffer), sys.stdout)
+        sys.stdout.flush()
+    except (
+        BrokenPipeError
+    ):  # the service has ended: its end is no fault of this process, and nobody waits for an answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python ends
+        sys.exit(1)

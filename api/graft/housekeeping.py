@@ -154,8 +154,12 @@ def _one_of_many(what: str, **names: str) -> Iterator[None]:
     """One that fails must not keep the others waiting."""
     try:
         yield
-    except (OperationalError, StorageUnavailable):
+    except OperationalError:  # it is away for all of them
         raise
+    except (
+        StorageUnavailable
+    ) as error:  # others may lie in another store, or in none: a new job's row is in the database
+        log.warning("%s, trying again: %s", what, error, extra=names)
     except Exception:
         log.exception(what, extra=names)
 

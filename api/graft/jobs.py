@@ -252,8 +252,8 @@ def events_page(session: Session, job: Job, *, after: str | None, limit: int) ->
 
 
 def checkpoints_page(session: Session, job: Job, *, after: str | None, limit: int) -> tuple[list[Checkpoint], bool]:
-    """One page of the job's checkpoints, newest first."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job.id)
+    """One page of the job's checkpoints that have an adapter, newest first."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.model != "")
     if after is not None:
         last = session.scalar(select(Checkpoint.step).where(Checkpoint.job_id == job.id, Checkpoint.id == after))
         if last is None:
@@ -558,41 +558,45 @@ def add_checkpoint(
     step: int,
     metrics: Mapping[str, Any],
     state: Stored,
-    content: AdapterContent,
+    content: AdapterContent | None,
     keep: int,
 ) -> bool:
-    """Make a checkpoint visible: its adapter can be downloaded, its state can be resumed from. False: fenced off.
+    """Make a checkpoint visible: its state can be resumed from, its adapter can be downloaded. False: fenced off.
 
-    Old training states are given up, but for the last `keep` and the one with the best validation loss.
+    Without `content` it only bounds what can be lost: it is not listed, and nothing of it outlives its state. Old
+    training states are given up, but for the last `keep` and the one with the best validation loss.
     """
     if changed(session, _fenced(held).values(attempt=held.attempt)) != 1:
         return False
-    known = session.scalar(select(Checkpoint).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step))
-    if known is not None:
-        # An earlier attempt came this far, and the adapter it made stays. Its state may be why this one had to come
-        # here again: it could not be read.
-        known.state_sha256 = state.sha256
-        session.flush()
-        _give_up_old_states(session, held.job_id, keep)
-        return True
-    changed(session, _fenced(held).values(recoveries=0))  # real progress: the count of losses starts again
-    name = f"{held.model_name}:ckpt-step-{step}"
-    adapters.create(session, held.project_id, held.job_id, name, held.recipe.base_model, step, content, is_final=False)
-    session.add(
-        Checkpoint(
+    row = session.scalar(select(Checkpoint).where(Checkpoint.job_id == held.job_id, Checkpoint.step == step))
+    if row is None:
+        changed(session, _fenced(held).values(recoveries=0))  # real progress: the count of losses starts again
+        row = Checkpoint(
             id=new_id("ftckpt_"),
             job_id=held.job_id,
             step=step,
             attempt=held.attempt,
-            model=name,
+            model="",
             metrics=dict(metrics),
             state_sha256=state.sha256,
             created_at=now(),
         )
-    )
+        session.add(row)
+        if content is None:
+            _tell(session, held.job_id, [Event(f"Training state saved at step {step}", data={"step": step})])
+    else:
+        # The run came this far before. That state may be why it had to come here again: it could not be read. An
+        # adapter that was shown stays, with its metrics; the evaluation may have been still to come.
+        row.state_sha256 = state.sha256
+        row.metrics = {**metrics, **{name: value for name, value in row.metrics.items() if value is not None}}
+    if content is not None and not row.model:
+        name = row.model = f"{held.model_name}:ckpt-step-{step}"
+        row.attempt, row.metrics = held.attempt, dict(metrics)
+        base = held.recipe.base_model
+        adapters.create(session, held.project_id, held.job_id, name, base, step, content, is_final=False)
+        _tell(session, held.job_id, [Event(f"Checkpoint created at step {step}", data={"step": step, "model": name})])
     session.flush()
     _give_up_old_states(session, held.job_id, keep)
-    _tell(session, held.job_id, [Event(f"Checkpoint created at step {step}", data={"step": step, "model": name})])
     return True
 
 

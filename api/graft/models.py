@@ -273,7 +273,10 @@ class AdapterFile(Base):
 
 
 class Checkpoint(Base):
-    """A step from which a job can go on. `state_sha256` is null once the training state has been given up."""
+    """A step from which a job can go on. `state_sha256` is null once the training state has been given up.
+
+    `model` names its adapter; it is empty for one that was only saved to bound what can be lost.
+    """
 
     __tablename__ = "fine_tuning_job_checkpoints"
 

@@ -253,8 +253,16 @@ def adapter(database: Database, salt: str = "") -> tuple[AdapterContent, dict[st
     return AdapterContent(put(database, buffer.getvalue()), stored), {**parts, "archive": buffer.getvalue()}
 
 
-def add_checkpoint(database: Database, held: Claim, step: int, *, loss: float | None = None, keep: int = 3) -> bool:
-    content, _ = adapter(database, f"{held.job_id}-{step}")
+def add_checkpoint(
+    database: Database,
+    held: Claim,
+    step: int,
+    *,
+    loss: float | None = None,
+    keep: int = 3,
+    with_adapter: bool = True,
+) -> bool:
+    content = adapter(database, f"{held.job_id}-{step}")[0] if with_adapter else None
     state = put(database, f"state of {held.job_id} at {step}".encode())
     with database.write() as session:
         metrics = {"train_loss": 1.0, "full_valid_loss": loss}

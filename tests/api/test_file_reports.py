@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +258,15 @@ def test_a_reader_that_hangs_is_ended_and_started_again(service: Service, monkey
     assert len(storage.readers) == 2
     assert not any(map(is_running, storage.readers))
     assert stored(service, made.id).status == "processed"
+
+
+def test_a_reader_whose_service_has_ended_says_nothing() -> None:
+    answers, writer = os.pipe()
+    os.close(answers)
+    command = [sys.executable, "-P", "-m", "graft.datasets"]
+    with open(writer, "wb") as pipe:
+        ended = subprocess.run(command, input=LARGE[:1000], stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_a_file_that_cannot_be_had_keeps_no_other_waiting_and_is_tried_again(service: Service) -> None:

@@ -545,6 +545,58 @@ def test_a_state_that_could_not_be_read_is_replaced_when_its_step_is_reached_aga
         assert session.scalar(select(func.count()).select_from(Adapter)) == 1
 
 
+def test_a_checkpoint_that_only_bounds_a_loss_is_resumed_from_and_has_no_adapter(database: Database) -> None:
+    held = given.running_job(database)
+    for step, with_adapter in ((1, True), (2, False), (3, False)):
+        assert given.add_checkpoint(database, held, step, keep=2, with_adapter=with_adapter)
+    with database.read() as session:
+        assert [state.step for state in jobs.latest_states(session, held.job_id)] == [3, 2]
+        listed, more = jobs.checkpoints_page(session, session.get_one(Job, held.job_id), after=None, limit=10)
+        assert ([row.step for row in listed], more) == ([1], False)
+        assert session.scalars(select(Adapter.step)).all() == [1]
+    assert [(event.message, event.data) for event in story(database, held.job_id)[-2:]] == [
+        (f"Training state saved at step {step}", {"step": step}) for step in (2, 3)
+    ]
+    # Its step is an evaluation's after all, in an attempt that counts otherwise.
+    assert given.add_checkpoint(database, held, 3, loss=1.5)
+    with database.read() as session:
+        listed, _ = jobs.checkpoints_page(session, session.get_one(Job, held.job_id), after=None, limit=10)
+        assert [row.step for row in listed] == [3, 1]
+        assert adapters.get(session, CALLER.project_id, listed[0].model).step == 3
+        assert listed[0].metrics["full_valid_loss"] == 1.5
+
+
+def test_a_state_that_comes_after_an_adapter_leaves_the_adapter(database: Database) -> None:
+    held = given.running_job(database)
+    assert given.add_checkpoint(database, held, 1)
+    assert given.add_checkpoint(database, held, 1, with_adapter=False)
+    with database.read() as session:
+        listed, _ = jobs.checkpoints_page(session, session.get_one(Job, held.job_id), after=None, limit=10)
+        assert [row.model for row in listed] == [f"{held.model_name}:ckpt-step-1"]
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 1
+
+
+@pytest.mark.parametrize("again", ["the same attempt", "another attempt"])
+def test_an_evaluation_that_comes_after_its_checkpoint_gives_it_its_metrics(database: Database, again: str) -> None:
+    held = given.running_job(database)
+    for step, loss in ((1, 2.0), (2, None), (3, 3.0), (4, 4.0)):
+        assert given.add_checkpoint(database, held, step, loss=loss)
+    if again == "another attempt":
+        assert given.release(database, held)
+        held = given.claim(database)
+    assert given.add_checkpoint(database, held, 2, loss=1.0, keep=1)
+    with database.read() as session:
+        found = session.scalars(select(Checkpoint).where(Checkpoint.step == 2)).one()
+        assert found.metrics == {"train_loss": 1.0, "full_valid_loss": 1.0}
+        # And it counts as the best, whose state is kept.
+        assert [state.step for state in jobs.latest_states(session, held.job_id)] == [4, 2]
+        assert session.scalar(select(func.count()).select_from(Adapter)) == 4
+    # What was shown once does not change: the adapter is that of the first time.
+    assert given.add_checkpoint(database, held, 2, loss=9.0)
+    with database.read() as session:
+        assert session.scalars(select(Checkpoint.metrics).where(Checkpoint.step == 2)).one()["full_valid_loss"] == 1.0
+
+
 @pytest.mark.parametrize("end", ["succeed", "fail", "cancel", "worker_lost", "deadline"])
 def test_a_job_that_has_ended_keeps_its_adapters_and_gives_its_states_up(database: Database, end: str) -> None:
     held = given.running_job(database, max_runtime_seconds=1000.0)

@@ -342,13 +342,19 @@ class Lifecycle(RuleBasedStateMachine):
                 job.lease_until = self.now + LEASE
 
     @precondition(lambda self: self.claims)
-    @rule(number=WHICH, step=st.integers(1, 4), dies_at=DEATH)
-    def checkpoint(self, number: int, step: int, dies_at: int | None) -> None:
+    @rule(number=WHICH, step=st.integers(1, 4), with_adapter=st.booleans(), dies_at=DEATH)
+    def checkpoint(self, number: int, step: int, with_adapter: bool, dies_at: int | None) -> None:
         claim, job, holds = self._held(number)
         done = self.do(
             dies_at,
             lambda s: jobs.add_checkpoint(
-                s, claim, step=step, metrics={}, state=self.state, content=self.content, keep=2
+                s,
+                claim,
+                step=step,
+                metrics={},
+                state=self.state,
+                content=self.content if with_adapter else None,
+                keep=2,
             ),
         )
         assert done in (None, holds)

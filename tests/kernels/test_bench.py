@@ -17,7 +17,7 @@ import graft_kernels
 from graft_kernels import bench
 from graft_kernels.launch import INTERPRETED
 
-NOT_OPS = {"fused_hopper", "launch", "operands", "bench"}
+NOT_OPS = {"launch", "operands", "bench", "fused_hopper"}  # the last is fused_linear's kernel on one kind of card
 
 
 def test_every_op_of_the_package_has_a_case() -> None:

@@ -366,8 +366,10 @@ def test_a_slow_store_holds_up_neither_the_training_nor_its_story(house: House) 
     assert seen == [4]
     with house.database.read() as session:
         states = [state.step for state in jobs.latest_states(session, job_id)]
-    # In their order; one that only bounds a loss gave way to the next, and the wanted one did not.
+        # In their order; one that only bounds a loss gave way to the next, and the wanted one did not.
+        shown = session.scalars(select(Adapter.step).where(Adapter.job_id == job_id)).all()
     assert states == [3, 1]
+    assert shown == [1]  # nobody asked for the other one's adapter
     assert house.job(job_id).status == "queued"
 
 

@@ -633,7 +633,7 @@ class Run:
         """In the uploads' thread."""
         folder, step = Path(message["path"]), message["step"]
         state = self._storage.put(remade(lambda: archive.stream(folder, name=f"state-{step}", compress=False)))
-        content = self._store_adapter(Path(message["adapter_dir"]))
+        content = self._store_adapter(Path(message["adapter_dir"])) if message["wanted"] else None
         # Whoever resumes from it does not tell again of the steps before.
         if not self._flush_all() or not self.persist(
             lambda s: jobs.add_checkpoint(

@@ -291,28 +291,6 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _low_rank_input_kernel(  # type: ignore[no-untyped-def]
-    in_ptr, down_ptr, s_ptr, M, sum_size, stride_in, stride_dj, stride_dr, scale,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, GROUPS: tl.constexpr, SLICE: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """s·S for BLOCK_M tokens, the reduction cut into slices of which every warp has its own."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :, None]
-    j = tl.arange(0, RANK_BLOCK)[None, None, :]
-    group = tl.arange(0, GROUPS)[:, None, None] * SLICE
-    acc = tl.zeros((GROUPS, BLOCK_M, RANK_BLOCK), tl.float32)
-    for start in tl.range(0, sum_size, GROUPS * SLICE, num_stages=3):
-        k = start + group + tl.arange(0, SLICE)[None, None, :]
-        x = tl.load(in_ptr + row * stride_in + k, mask=(row < M) & (k < sum_size), other=0.0)
-        k = start + group + tl.arange(0, SLICE)[None, :, None]
-        down = tl.load(down_ptr + k * stride_dr + j * stride_dj, mask=(k < sum_size) & (j < RANK), other=0.0)
-        acc = tl.dot(x, down.to(x.dtype), acc, input_precision="ieee")
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.arange(0, RANK_BLOCK)
-    s = (tl.sum(acc, axis=0) * scale).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + row[:, None] * RANK + j[None, :], s, mask=(row < M)[:, None] & (j < RANK)[None, :])
-
-
-@triton.jit
 def _fused_reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, s_ptr, up_ptr, bias_ptr, out_ptr, M, out_size, stride_out, stride_uo, stride_uj, scale,
     RANK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -514,13 +492,6 @@ def _fused(
             stride_uo, stride_uj = lora_b.stride()
         if splits > 1 and not cut.hopper:
             s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
-        elif cut.hopper:
-            s, stride_s = in_.new_empty(m, rank), rank
-            launch(
-                _low_rank_input_kernel, (cdiv(m, 16),),
-                in_, down, s, m, sum_size, in_.stride(0), stride_dj, stride_dr, float(scale),
-                RANK=rank, RANK_BLOCK=max(16, next_power_of_2(rank)), GROUPS=8, SLICE=64, BLOCK_M=16, num_warps=8,
-            )  # fmt: skip
         elif not inline:
             down_Rr = (lora_b if backward else lora_a.t()).to(in_.dtype)
             s = torch.addmm(in_.new_empty(1), in_, down_Rr, beta=0, alpha=scale)

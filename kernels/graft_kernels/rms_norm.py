@@ -77,12 +77,9 @@ def _forward_rows_kernel(  # type: ignore[no-untyped-def]
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + row_64 * residual_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if KEEP_S:
-        # Before the loop: its loads would wait for stores between them.
-        r = tl.arange(0, RANK_BLOCK)[None, :]
-        s_mask = (row < T)[:, None] & (r < PENDING_RANK)
-        tl.store(
-            s_out_ptr + row_64 * PENDING_RANK + r, tl.load(s_ptr + row_64 * s_stride + r, mask=s_mask), mask=s_mask
-        )
+        s_col = tl.arange(0, RANK_BLOCK)[None, :]
+        s_mask = (row < T)[:, None] & (s_col < PENDING_RANK)
+        whole_s = tl.load(s_ptr + row_64 * s_stride + s_col, mask=s_mask)
     # S B as a sum of outer products: the rows are too few for the tensor cores, and B is read from the L2 cache.
     for r in tl.static_range(PENDING_RANK):
         s = tl.load(s_ptr + row.to(tl.int64) * s_stride + r, mask=row < T, other=0.0).to(tl.float32)
@@ -98,6 +95,9 @@ def _forward_rows_kernel(  # type: ignore[no-untyped-def]
     y = y * (1.0 + w) if GEMMA else y.to(y_ptr.dtype.element_ty).to(tl.float32) * w
     tl.store(y_ptr + row_64 * y_stride + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rho_ptr + row, rho, mask=row < T)
+    if KEEP_S:
+        # Last: the loads above would wait for a store between them.
+        tl.store(s_out_ptr + row_64 * PENDING_RANK + s_col, whole_s, mask=s_mask)
 
 
 @triton.jit

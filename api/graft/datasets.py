@@ -1139,8 +1139,6 @@ if __name__ == "__main__":
     try:
         json.dump(main(sys.argv[1:], sys.stdin.buffer), sys.stdout)
         sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the service has ended: its end is no fault of this process, and nobody waits for an answer
+    except BrokenPipeError:  # the service has ended, and nobody waits for an answer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python ends
         sys.exit(1)

@@ -156,9 +156,7 @@ def _one_of_many(what: str, **names: str) -> Iterator[None]:
         yield
     except OperationalError:  # it is away for all of them
         raise
-    except (
-        StorageUnavailable
-    ) as error:  # others may lie in another store, or in none: a new job's row is in the database
+    except StorageUnavailable as error:  # other contents may lie in another store
         log.warning("%s, trying again: %s", what, error, extra=names)
     except Exception:
         log.exception(what, extra=names)

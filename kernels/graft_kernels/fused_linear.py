@@ -552,7 +552,7 @@ def fused_forward(
 ) -> Tensor:
     """y [M, N] = x Wᵀ + scale·(x Aᵀ) Bᵀ + bias, in x's dtype; A and B may have another one and are cast.
 
-    One launch; two where the reduction is split or the rank is above 64.
+    One launch; one more where the reduction is split, and one where S comes first: for ranks above 64, and on Hopper.
 
     Raises:
         ValueError: shapes do not fit, one of A and B is missing, or `fused_supported` says no.

@@ -42,9 +42,6 @@ else:  # the kernel below is then never called, only defined
     gl = SimpleNamespace(constexpr=object)
     hopper = None
 
-BLOCK_R = 64
-STAGES = 4
-
 
 @gluon.jit
 def _decoded(  # type: ignore[no-untyped-def]

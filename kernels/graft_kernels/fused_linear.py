@@ -364,21 +364,17 @@ def fused_config(
 def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
     """The cut whose time the sweep's figures predict to be least: microseconds for a step of 64 of the reduction, and
     for writing and adding partial sums. The prediction is within a tenth of what the sweep measured."""
-    best: tuple[float, FusedConfig] | None = None
+    cuts: dict[tuple[int, int], float] = {}
     for block_o, step in ((128, 1.0), (64, 0.8)):
         for splits in (1, 2, 4):
-            steps = cdiv(sum_size // 64, splits)
             programs = cdiv(m, 256) * cdiv(out_size, block_o) * splits
             adding = 0.0 if splits == 1 else 4.0 + splits * m * out_size * 8 / 2.5e6
-            time = cdiv(programs, _MULTIPROCESSORS) * steps * step + adding
-            if steps * splits * 64 >= sum_size and (best is None or time < best[0]):
-                cut = FusedConfig(
-                    block_m=256, block_o=block_o, block_r=64, num_warps=8, num_stages=4, splits=splits,
-                    inline=False, hopper=True,
-                )  # fmt: skip
-                best = time, cut
-    assert best is not None
-    return best[1]
+            steps = cdiv(sum_size // 64, splits)
+            cuts[block_o, splits] = cdiv(programs, _MULTIPROCESSORS) * steps * step + adding
+    block_o, splits = min(cuts, key=lambda cut: cuts[cut])
+    return FusedConfig(
+        block_m=256, block_o=block_o, block_r=64, num_warps=8, num_stages=4, splits=splits, inline=False, hopper=True
+    )
 
 
 def _hopper_takes(in_: Tensor, sum_size: int, rank: int) -> bool:

@@ -10,6 +10,7 @@ times, by steps so long that the test's own duration does not matter.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ class Model:
     recoveries: int = 0
     smaller_plans: int = 0
     code: str | None = None
-    not_before: float = 0.0
+    not_before: float = -math.inf  # a new job is due whatever the clock says
     held_since: float = 0.0
     lease_until: float = 0.0
     used: float = 0.0

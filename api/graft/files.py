@@ -301,6 +301,29 @@ def get(session: Session, project_id: str, file_id: str) -> File:
     return row
 
 
+def require_dataset(session: Session, project_id: str, file_id: str, param: str) -> File:
+    """The training file that a request's `param` names.
+
+    Raises:
+        InvalidRequest: there is none such in the project, or it is for something else.
+    """
+    try:
+        row = get(session, project_id, file_id)
+    except NotFound:
+        raise InvalidRequest(
+            f"No such file: '{file_id[:64]}'. Upload it with `POST /v1/files` and purpose 'fine-tune'.",
+            code="file_not_found",
+            param=param,
+        ) from None
+    if row.purpose != "fine-tune":
+        raise InvalidRequest(
+            f"The file {row.id} has the purpose '{row.purpose}'; upload it again with purpose 'fine-tune'.",
+            code="invalid_file_purpose",
+            param=param,
+        )
+    return row
+
+
 def list_page(
     session: Session, project_id: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool
 ) -> tuple[list[File], bool]:

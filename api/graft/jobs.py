@@ -129,7 +129,9 @@ def create(
         InvalidRequest: a file cannot be used (`param` says which).
     """
     for param in ("training_file", "validation_file"):
-        _require_dataset(session, caller.project_id, getattr(body, param), param)
+        file_id = getattr(body, param)
+        if file_id is not None:
+            files.require_dataset(session, caller.project_id, file_id, param)
     job_id = new_id("ftjob-")
     job = Job(
         id=job_id,
@@ -157,25 +159,6 @@ def create(
     _write_events(session, job_id, 1, told)
     session.refresh(job)
     return job
-
-
-def _require_dataset(session: Session, project_id: str, file_id: str | None, param: str) -> None:
-    if file_id is None:
-        return
-    try:
-        row = files.get(session, project_id, file_id)
-    except NotFound:
-        raise InvalidRequest(
-            f"No such file: '{file_id[:64]}'. Upload it with `POST /v1/files` and purpose 'fine-tune'.",
-            code="file_not_found",
-            param=param,
-        ) from None
-    if row.purpose != "fine-tune":
-        raise InvalidRequest(
-            f"The file {row.id} has the purpose '{row.purpose}'; upload it again with purpose 'fine-tune'.",
-            code="invalid_file_purpose",
-            param=param,
-        )
 
 
 # -- looking ------------------------------------------------------------------------------------------------------

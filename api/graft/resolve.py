@@ -13,13 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sqlalchemy.orm import Session
-
 from graft import audit, datasets, files, forecast, jobs, supervision
 from graft.audit import AuditFault, AuditUnavailable
 from graft.catalogue import BaseModel, Catalogue
 from graft.db import Database
-from graft.errors import InvalidRequest, NotFound, NotYet, Unavailable
+from graft.errors import InvalidRequest, NotYet, Unavailable
 from graft.estimate import Estimate
 from graft.jobs import Event
 from graft.models import File, Job
@@ -535,29 +533,6 @@ def estimate(
 
 
 # Preview --------------------------------------------------------------------------------------------------------------
-
-
-def dataset(session: Session, project_id: str, file_id: str, param: str = "training_file") -> File:
-    """The training file that a request's `param` names.
-
-    Raises:
-        InvalidRequest: there is none such in the project, or it is for something else.
-    """
-    try:
-        row = files.get(session, project_id, file_id)
-    except NotFound:
-        raise InvalidRequest(
-            f"No such file: '{file_id[:64]}'. Upload it with `POST /v1/files` and purpose 'fine-tune'.",
-            code="file_not_found",
-            param=param,
-        ) from None
-    if row.purpose != "fine-tune":
-        raise InvalidRequest(
-            f"The file {row.id} has the purpose '{row.purpose}'; upload it again with purpose 'fine-tune'.",
-            code="invalid_file_purpose",
-            param=param,
-        )
-    return row
 
 
 def preview(body: PreviewRequest, base: BaseModel, file: File, storage: Storage, *, today: str) -> PreviewObject:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
-from graft import resolve
+from graft import files, resolve
 from graft.deps import CallerDep, Service, ServiceDep, StrictRoute
 from graft.errors import Unavailable
 from graft.models import File
@@ -28,7 +28,7 @@ def preview(body: PreviewRequest, caller: CallerDep, service: ServiceDep) -> Pre
     """What would be learnt from some rows of a training file, token by token, before there is a job."""
     base = service.catalogue.resolve(body.model)
     with service.database.read() as session:
-        row = resolve.dataset(session, caller.project_id, body.training_file)
+        row = files.require_dataset(session, caller.project_id, body.training_file, "training_file")
     with _place():
         today = datetime.now(UTC).date().isoformat()
         return resolve.preview(body, base, row, service.storage, today=today)
@@ -48,7 +48,7 @@ def _files_of(body: JobCreate, caller: Caller, service: Service) -> dict[str, Fi
     named = {"training_file": body.training_file, "validation_file": body.validation_file}
     with service.database.read() as session:
         return {
-            param: resolve.dataset(session, caller.project_id, file_id, param)
+            param: files.require_dataset(session, caller.project_id, file_id, param)
             for param, file_id in named.items()
             if file_id is not None
         }

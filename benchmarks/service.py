@@ -219,7 +219,9 @@ def bare() -> None:
     async def job(job_id: str) -> dict[str, str]:
         return {"id": job_id, "status": "running"}
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `graft serve` does
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(2048)
     print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, http="httptools")).run(sockets=[listener])
 

@@ -168,7 +168,9 @@ def _embedded_count(settings: Settings) -> int:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the port before anything else, so that a second start fails in a moment and in one line."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol by name: only then asyncio turns off Nagle's algorithm, which holds an answer's body back until
+    # the client has acknowledged its head; and that waits up to 40 ms for more.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

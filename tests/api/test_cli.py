@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from graft import cli
 from graft.db import Database
 
 from . import given
@@ -50,6 +52,24 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:
     assert f"Cannot listen on 127.0.0.1 port {port}" in line
     assert "--port" in line
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_the_body_of_an_answer_does_not_wait_until_its_head_is_acknowledged() -> None:
+    seen: list[int] = []
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def serve() -> None:
+        listener = cli._listen("127.0.0.1", 0)
+        async with await asyncio.start_server(meet, sock=listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(serve())
+    assert seen == [1]
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:

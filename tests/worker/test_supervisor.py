@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from celery import Celery
+from sqlalchemy import select, update
 
 from graft import jobs, workers
 from graft.db import Database
@@ -31,6 +32,7 @@ from graft.settings import Settings
 from graft.storage import DatabaseStorage, Stored
 from graft_worker import archive, supervisor
 from graft_worker import engine as engine_module
+from graft_worker.app import take_nudges
 from graft_worker.engine import Engine
 from graft_worker.engine_process import EngineLost
 from graft_worker.failures import named
@@ -103,7 +105,7 @@ class House:
         with self.database.write() as session:
             session.get_one(Job, job_id).not_before = 0.0
         engine = self.engine(*scripts)
-        assert self.supervisor.run_next(job_id)
+        assert self.supervisor.run_next()
         return engine
 
     def job(self, job_id: str) -> Job:
@@ -213,7 +215,7 @@ def test_a_job_that_outgrew_this_device_waits_for_a_larger_one_and_says_so(house
     house.run(job_id, [failed("out_of_memory", needs_bytes=2000)])
     row = house.job(job_id)
     assert (row.status, row.needs_bytes, row.smaller_plans) == ("queued", 2000, 0)
-    assert not house.supervisor.run_next(job_id)
+    assert not house.supervisor.run_next()
     house.supervisor._presence.device_bytes = 2000
     house.run(job_id, [failed("no_trainable_tokens")])
     # A job that no plan fits and that has done nothing yet ends at once, with what would make it fit.
@@ -510,7 +512,7 @@ def test_a_pause_waits_for_the_checkpoint_and_ends_in_paused(house: House) -> No
 
     stopped = {"kind": "stopped", "step": 2, "reason": "pause"}
     engine = house.engine([began(), step(1), step(2), pause, save_when_told, stopped])
-    assert house.supervisor.run_next(job_id)
+    assert house.supervisor.run_next()
     row = house.job(job_id)
     assert (row.status, row.desired, row.recoveries) == ("paused", Desired.PAUSE, 0)
     with house.database.read() as session:
@@ -531,6 +533,24 @@ def test_a_gpu_goes_back_whole_after_a_pause_unless_another_job_takes_it(house: 
             given.queued_job(house.database)
         assert house.supervisor.run_next() is other
         assert engine.is_alive is other
+
+
+# -- whose turn it is ------------------------------------------------------------------------------------------------
+
+
+def test_a_nudge_wakes_the_worker_for_whose_turn_it_is_and_not_for_the_job_it_names(house: House) -> None:
+    young, urgent, old = (given.new_job(house.database) for _ in range(3))
+    with house.database.write() as session:
+        for job_id, priority, age in ((urgent, 5, 10), (old, 0, 30), (young, 0, 20)):
+            assert jobs.queue(session, job_id, Recipe(base_model="tiny"), [])
+            session.execute(
+                update(Job).where(Job.id == job_id).values(priority=priority, created_at=Job.created_at - age)
+            )
+    house.engine(*([failed("no_trainable_tokens")] for _ in range(3)))
+    take_nudges(Celery(set_as_current=False), house.supervisor).apply(args=[young], throw=True)
+    with house.database.read() as session:
+        started = select(Job.id).where(Job.started_at.is_not(None)).order_by(Job.started_at)
+        assert list(session.scalars(started)) == [urgent, old, young]
 
 
 # -- the registry ----------------------------------------------------------------------------------------------------
@@ -561,7 +581,7 @@ def test_the_registry_knows_what_the_worker_has_and_does(house: House) -> None:
         session.get_one(Job, job_id).not_before = 0.0
     engine = house.engine([began(), look])
     engine.device = {"device": "A card", "device_bytes": 7000, "rates": {"gemm": 1.0}}
-    assert house.supervisor.run_next(job_id)
+    assert house.supervisor.run_next()
     assert seen == [(job_id, None)]
     deadline = time.monotonic() + 10
     while (row := row_of(house, "worker-1")) is None or row.job_id or row.base_model is None:

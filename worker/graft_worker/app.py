@@ -6,6 +6,7 @@ import logging
 import warnings
 from typing import Any
 
+from celery import Celery, Task
 from celery.platforms import SecurityWarning
 from celery.signals import worker_shutting_down
 
@@ -17,6 +18,17 @@ from graft_worker.tasks import finetune, start_looking
 log = logging.getLogger(__name__)
 
 
+def take_nudges(app: Celery, supervisor: Supervisor) -> Task:
+    """The task that Celery calls for each nudge."""
+
+    @app.task(name=TASK)
+    def nudged(job_id: str) -> None:
+        finetune(supervisor)  # whose turn it is, and not whom it names
+
+    task: Task = nudged
+    return task
+
+
 def run_celery(supervisor: Supervisor, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; the running job is saved and goes back to the queue."""
     assert settings.broker_url is not None
@@ -24,9 +36,7 @@ def run_celery(supervisor: Supervisor, settings: Settings) -> None:
     # SIGTERM waits for the running task by itself; SIGQUIT, or REMAP_SIGTERM=SIGQUIT, only with this.
     app.conf.worker_soft_shutdown_timeout = settings.grace_seconds + 5
 
-    @app.task(name=TASK)
-    def nudged(job_id: str) -> None:
-        finetune(supervisor, job_id)
+    take_nudges(app, supervisor)
 
     def stop(**kwargs: Any) -> None:
         supervisor.leave()

@@ -170,15 +170,15 @@ class Supervisor:
         """Set `stop` from a signal handler, which may have interrupted a thread that holds the event's own lock."""
         threading.Thread(target=self.stop.set, name="leave").start()
 
-    def run_next(self, job_id: str | None = None) -> bool:
-        """Claim the named job, or the one whose turn it is, and run it to its end. False if there was none."""
+    def run_next(self) -> bool:
+        """Claim the job whose turn it is, and run it to its end. False if there was none."""
         if self.stop.is_set() or not self._busy.acquire(blocking=False):
             return False
         try:
             self._describe()  # a CPU is measured when its first job has ended
-            claim = self._claim(job_id)
+            claim = self._claim()
             if claim is None:
-                if self._was_paused and job_id is None:
+                if self._was_paused:
                     self._free_device()
                 return False
             self._was_paused = False
@@ -192,17 +192,16 @@ class Supervisor:
         finally:
             self._busy.release()
 
-    def _claim(self, job_id: str | None) -> Claim | None:
+    def _claim(self) -> Claim | None:
         device_bytes = self._presence.device_bytes
         with self._db.read() as session:
-            if not jobs.is_due(session, job_id, device_bytes=device_bytes):
+            if not jobs.is_due(session, device_bytes=device_bytes):
                 return None
         with self._db.write() as session:
             return jobs.claim(
                 session,
                 self.name,
                 lease_seconds=self._settings.lease_seconds,
-                job_id=job_id,
                 device_bytes=device_bytes,
                 warm=self._presence.base_model,
             )

@@ -1,6 +1,7 @@
-"""`finetune(job_id)`: the one task. Celery hands it ids; without a broker the worker's own loop calls it.
+"""`finetune`: the one task. Celery calls it for each nudge; the worker's own loop every few seconds.
 
-The message is a nudge: what there is to do stands in the database, and the claim decides who does it.
+A nudge wakes a worker and no more: what there is to do, and whose turn it is, stands in the database. The job that it
+names is not looked for. A free worker would otherwise serve whoever asked last, before those that have waited longer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from graft_worker.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 
-def finetune(supervisor: Supervisor, job_id: str | None = None) -> None:
-    """Run the named job if it is due and this worker is free; then whatever else is due, until nothing is."""
-    while supervisor.run_next(job_id):
-        job_id = None
+def finetune(supervisor: Supervisor) -> None:
+    """If this worker is free, run what is due, one after the other by their turn, until nothing is."""
+    while supervisor.run_next():
+        pass
 
 
 def look_for_work(supervisor: Supervisor, settings: Settings) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from select import POLLIN, poll
 from typing import Any
 
 from alembic import command
@@ -33,6 +34,7 @@ from sqlalchemy import (
     MetaData,
     Text,
     Update,
+    bindparam,
     create_engine,
     event,
     func,
@@ -41,7 +43,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.sql.functions import FunctionElement
@@ -129,7 +131,10 @@ def is_full(error: BaseException | None) -> bool:
 def one_at_a_time(session: Session, name: str) -> None:
     """Wait until no other transaction of this name is open. On SQLite every writing transaction is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(name))))
+        session.connection().execute(_LOCK, {"name": name})
+
+
+_LOCK = select(func.pg_advisory_xact_lock(func.hashtext(bindparam("name", type_=Text()))))
 
 
 class Database:
@@ -260,9 +265,7 @@ _TIMEOUTS = {
 def _postgresql_engine(url: Any) -> Engine:
     # Fewer than the web has threads: a thread waits for a connection only while others are at work with theirs, since
     # none is held by a request that waits for a thread (`graft.deps.Opening`).
-    engine = create_engine(
-        url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS
-    )
+    engine = create_engine(url, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
@@ -270,7 +273,20 @@ def _postgresql_engine(url: Any) -> Engine:
         connection.execute("set idle_in_transaction_session_timeout = '30s'")
         connection.commit()
 
+    @event.listens_for(engine, "checkout")
+    def look(connection: Any, record: Any, proxy: Any) -> None:
+        # A server that has ended, or was replaced, has closed its side, and the kernel knows without asking: an idle
+        # connection has nothing to be read but its end. To ask the server itself would be one more question for each.
+        if connection.closed or _is_readable(connection.fileno()):
+            raise DisconnectionError
+
     return engine
+
+
+def _is_readable(descriptor: int) -> bool:
+    waiting = poll()
+    waiting.register(descriptor, POLLIN)
+    return bool(waiting.poll(0))
 
 
 # Network and shared file systems, on which the lock file of SQLite's write-ahead log is not one memory for all who map

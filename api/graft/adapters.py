@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from sqlalchemy import or_, select
+from sqlalchemy import Table, insert, or_, select
 from sqlalchemy.orm import Session
 
 from graft.db import now
@@ -33,26 +34,32 @@ def create(
     content: AdapterContent,
     *,
     is_final: bool,
-) -> Adapter:
-    """The rows of a stored adapter, in the caller's transaction."""
-    adapter = Adapter(
-        id=new_id("adapter-"),
-        project_id=project_id,
-        job_id=job_id,
-        model=model,
-        base_model=base_model,
-        step=step,
-        is_final=is_final,
-        archive_sha256=content.archive.sha256,
-        archive_bytes=content.archive.size,
-        created_at=now(),
-    )
-    session.add(adapter)
-    session.flush()
-    for name, stored in content.files.items():
-        session.add(AdapterFile(adapter_id=adapter.id, name=name, sha256=stored.sha256, bytes=stored.size))
-    session.flush()
-    return adapter
+    adapter_id: str | None = None,
+) -> None:
+    """The rows of a stored adapter, in the caller's transaction; without an id it gets a new one."""
+    adapter_id = adapter_id or new_id("adapter-")
+    row = {
+        "id": adapter_id,
+        "project_id": project_id,
+        "job_id": job_id,
+        "model": model,
+        "base_model": base_model,
+        "step": step,
+        "is_final": is_final,
+        "archive_sha256": content.archive.sha256,
+        "archive_bytes": content.archive.size,
+    }
+    parts = [
+        {"adapter_id": adapter_id, "name": name, "sha256": stored.sha256, "bytes": stored.size}
+        for name, stored in content.files.items()
+    ]
+    session.connection().execute(_ADAPTER, row)
+    if parts:
+        session.connection().execute(_FILES, parts)
+
+
+_ADAPTER = insert(cast(Table, Adapter.__table__)).values(created_at=now())
+_FILES = insert(cast(Table, AdapterFile.__table__))
 
 
 def get(session: Session, project_id: str, name: str) -> Adapter:

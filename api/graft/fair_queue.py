@@ -18,13 +18,28 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, Subquery, bindparam, case, false, func, literal, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    Row,
+    Select,
+    Subquery,
+    Table,
+    bindparam,
+    case,
+    false,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session, aliased
 
 from graft.db import Database, now, one_at_a_time
-from graft.models import Job, JobStatus, Project
+from graft.models import Job, JobStatus, Organization, Project
 from graft.workers import alive
 
 HALF_LIFE_SECONDS = 24 * 3600.0
@@ -96,8 +111,10 @@ def _turn(is_sized: bool, is_named: bool) -> Select[Any]:
 
 def take(
     session: Session, *, device_bytes: int | None = None, warm: str | None = None, job_id: str | None = None
-) -> Job | None:
+) -> Row[Any] | None:
     """The job that a free worker should run, locked until the transaction ends; None if there is none.
+
+    Of it: `id`, `attempt`, `started_at`, and the name of its `organization`.
 
     Args:
         warm: the base model that the worker holds already.
@@ -115,12 +132,10 @@ def take(
             "soon": turn.created_at + WARM_SECONDS,
         }
         is_sized, is_named = device_bytes is not None, job_id is not None
-        job: Job | None = None
-        if warm is not None:
-            job = session.scalar(_next(is_sized, is_named, True), asked)
-        job = job or session.scalar(_next(is_sized, is_named, False), asked)
-        if job is not None:
-            return job
+        for is_warm in (False,) if warm is None else (True, False):
+            job = session.connection().execute(_next(is_sized, is_named, is_warm), asked).one_or_none()
+            if job is not None:
+                return job
         passed.add(turn.project_id)  # its callers are just changing all it has
     return None
 
@@ -131,12 +146,13 @@ def _next(is_sized: bool, is_named: bool, is_warm: bool) -> Select[Any]:
     turn = [Job.project_id == bindparam("project_id"), Job.priority == bindparam("priority")]
     if is_warm:
         turn += [Job.base_model == bindparam("warm"), Job.created_at <= bindparam("soon")]
+    name = select(Organization.name).join(Project, Project.organization_id == Organization.id)
     return (
-        select(Job)
+        select(Job.id, Job.attempt, Job.started_at, name.where(Project.id == Job.project_id).label("organization"))
         .where(*turn, *_due(Job, is_sized, is_named))
         .order_by(Job.created_at, Job.id)
         .limit(1)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, of=Job)
     )
 
 
@@ -167,14 +183,17 @@ def _running() -> Subquery:
 # -- shares -------------------------------------------------------------------------------------------------------
 
 
+_projects = cast(Table, Project.__table__)
+
+
 def _decayed() -> ColumnElement[float]:
     """A project's usage as it counts now."""
-    half_lives = (now() - Project.usage_at) / HALF_LIFE_SECONDS
+    half_lives = (now() - _projects.c.usage_at) / HALF_LIFE_SECONDS
     # Below 0 where the database's clock was set back: then it counts as it stands.
     return case(
         (half_lives > 100.0, 0.0),
-        (half_lives < 0.0, Project.usage),
-        else_=Project.usage * func.pow(0.5, half_lives),
+        (half_lives < 0.0, _projects.c.usage),
+        else_=_projects.c.usage * func.pow(0.5, half_lives),
     )
 
 
@@ -184,12 +203,14 @@ def _share(running: Subquery) -> ColumnElement[float]:
 
 def charge(session: Session, project_id: str, seconds: float) -> None:
     """Count the GPU-seconds of an attempt that has ended."""
-    session.execute(
-        update(Project)
-        .where(Project.id == project_id)
-        .values(usage=_decayed() + seconds, usage_at=now())
-        .execution_options(synchronize_session=False)
-    )
+    session.connection().execute(_CHARGE, {"project_id": project_id, "seconds": seconds})
+
+
+_CHARGE = (
+    update(_projects)
+    .where(_projects.c.id == bindparam("project_id"))
+    .values(usage=_decayed() + bindparam("seconds", type_=Double()), usage_at=now())
+)
 
 
 def list_projects(session: Session) -> Sequence[Row[Any]]:

@@ -17,12 +17,29 @@ work in; the caller owns the transaction.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, Update, and_, bindparam, case, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    Executable,
+    Integer,
+    Row,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from graft import adapters, fair_queue, files, tenancy
@@ -39,7 +56,6 @@ from graft.models import (
     JobEvent,
     JobRequest,
     JobStatus,
-    Organization,
     Outbox,
     Project,
 )
@@ -340,13 +356,14 @@ def cancel(session: Session, project_id: str, job_id: str, *, is_retry: bool = F
     if is_retry and job.status == JobStatus.CANCELLED:
         return job
     _require_live(job)
-    end: dict[str, Any] = {"attempt": Job.attempt + 1, "finished_at": now(), "waiting_for": None}
+    told = Event("Fine-tuning job cancelled", level="warn")
     if job.status == JobStatus.RUNNING:
-        _leave(session, job.id, JobStatus.CANCELLED, fence=job.attempt, **end)
+        _leave(session, job.id, JobStatus.CANCELLED, [told], fence=job.attempt, attempt=job.attempt + 1)
     else:
+        end: dict[str, Any] = {"attempt": Job.attempt + 1, "finished_at": now(), "waiting_for": None}
         _move(session, job.id, (JobStatus(job.status),), JobStatus.CANCELLED, **end)
+        _tell(session, job.id, [told])
     _give_up_states(session, job.id)
-    _tell(session, job.id, [Event("Fine-tuning job cancelled", level="warn")])
     session.refresh(job)
     return job
 
@@ -468,40 +485,26 @@ def claim(
     if job is None:
         return None
     first = job.started_at is None
-    if not _move(
-        session,
-        job.id,
-        (JobStatus.QUEUED,),
-        JobStatus.RUNNING,
-        fence=job.attempt,
-        attempt=job.attempt + 1,
-        lease_owner=worker,
-        lease_until=now() + lease_seconds,
-        held_since=now(),
-        held_until=None,
-        waiting_for=None,
-        **({"started_at": now()} if first else {}),
-    ):
+    asked = {"job_id": job.id, "fence": job.attempt, "owner": worker, "lease": lease_seconds}
+    taken = _one(session, _CLAIM, asked)
+    if taken is None:
         return None
-    session.refresh(job)
-    _tell(
-        session,
-        job.id,
-        [Event("Fine-tuning job started" if first else f"Fine-tuning job taken up again (attempt {job.attempt})")],
-    )
-    assert job.recipe is not None, "a queued job has a recipe"
+    told = "Fine-tuning job started" if first else f"Fine-tuning job taken up again (attempt {taken.attempt})"
+    _write_events(session, job.id, taken.last_event, [Event(told)])
+    assert taken.recipe is not None, "a queued job has a recipe"
     return Claim(
         job_id=job.id,
-        attempt=job.attempt,
-        project_id=job.project_id,
-        recipe=Recipe.from_json(job.recipe),
-        training_file=job.training_file,
-        validation_file=job.validation_file,
-        model_name=_model_name(session, job),
+        attempt=taken.attempt,
+        project_id=taken.project_id,
+        recipe=Recipe.from_json(taken.recipe),
+        training_file=taken.training_file,
+        validation_file=taken.validation_file,
+        # OpenAI's form; the same for every attempt.
+        model_name=f"ft:{taken.base_model}:{job.organization}:{taken.suffix or ''}:{job.id[-8:]}",
         worker=worker,
-        gpu_seconds=job.gpu_seconds,
-        smaller_plans=job.smaller_plans,
-        plan=job.plan,
+        gpu_seconds=taken.gpu_seconds,
+        smaller_plans=taken.smaller_plans,
+        plan=taken.plan,
     )
 
 
@@ -516,22 +519,20 @@ def beat(
     """Prove life, extend the lease, and write down what happened since.
 
     Args:
-        progress: new values of step, total_steps, trained_tokens, estimated_finish, plan, measured, needs_bytes.
+        progress: new values of step, total_steps, trained_tokens, plan, measured, needs_bytes, and `seconds_left`, from
+            which `estimated_finish` follows.
 
     Returns:
         What the caller wants of the job: with `Desired.PAUSE`, save a checkpoint and `release` it. None: the right to
         run is gone, stop at once.
     """
-    values = dict(progress or {}, lease_until=now() + lease_seconds)
-    if progress:
-        values["rev"] = Job.rev + 1
-    if "step" in values:
-        values["progress_at"] = now()
-    desired = session.execute(_fenced(held).values(**values).returning(Job.desired)).scalar()
-    if desired is None:
+    progress = progress or {}
+    asked = {"job_id": held.job_id, "fence": held.attempt, "lease": lease_seconds, "told": len(events)}
+    row = _one(session, _beaten(frozenset(progress)), {**asked, **_new(progress)})
+    if row is None:
         return None
-    _tell(session, held.job_id, events)
-    return Desired(desired)
+    _write_events(session, held.job_id, row.last_event - len(events) + 1, events)
+    return Desired(row.desired)
 
 
 def add_checkpoint(
@@ -609,49 +610,48 @@ def succeed(
 
     A pause that was asked for while the last step ran comes too late.
     """
+    told = [
+        *events,
+        Event(f"New fine-tuned model created: {held.model_name}"),
+        Event("The job has successfully completed"),
+    ]
+    adapter_id, result_file = new_id("adapter-"), new_id("file-")
     if not _leave(
         session,
         held.job_id,
         JobStatus.SUCCEEDED,
+        told,
         fence=held.attempt,
-        finished_at=now(),
         step=step,
         trained_tokens=trained_tokens,
         fine_tuned_model=held.model_name,
+        adapter_id=adapter_id,
+        result_file=result_file,
         **({} if measured is None else {"measured": dict(measured)}),
     ):
         return False
-    adapter = adapters.create(
-        session, held.project_id, held.job_id, held.model_name, held.recipe.base_model, step, content, is_final=True
+    project, base = held.project_id, held.recipe.base_model
+    adapters.create(
+        session, project, held.job_id, held.model_name, base, step, content, is_final=True, adapter_id=adapter_id
     )
-    result_file = files.create(session, held.project_id, results, filename="step_metrics.csv", purpose=files.RESULTS)
-    session.execute(update(Job).where(Job.id == held.job_id).values(adapter_id=adapter.id, result_file=result_file.id))
+    files.add_results(session, project, result_file, results, filename="step_metrics.csv")
     _give_up_states(session, held.job_id)
-    _tell(
-        session,
-        held.job_id,
-        [
-            *events,
-            Event(f"New fine-tuned model created: {held.model_name}"),
-            Event("The job has successfully completed"),
-        ],
-    )
     return True
 
 
 def fail(session: Session, held: Claim, *, code: str, message: str, param: str | None) -> bool:
     """running -> failed, for a cause that another attempt would meet again. False: fenced off."""
     failure = _failure(code, message, param)
-    if not _leave(session, held.job_id, JobStatus.FAILED, fence=held.attempt, finished_at=now(), **failure):
+    told = [_failed(code, message, param)]
+    if not _leave(session, held.job_id, JobStatus.FAILED, told, fence=held.attempt, **failure):
         return False
     _give_up_states(session, held.job_id)
-    _tell(session, held.job_id, [_failed(code, message, param)])
     return True
 
 
 def release(session: Session, held: Claim, message: str) -> bool:
     """running -> queued, or paused if that is desired: the worker has saved its work and lets go. False: fenced off."""
-    status = _leave(session, held.job_id, _waiting(), fence=held.attempt)
+    status = _leave(session, held.job_id, None, fence=held.attempt)
     if status is None:
         return False
     _tell_waiting(session, held.job_id, status, Event(message))
@@ -666,7 +666,7 @@ def shrink(session: Session, held: Claim, message: str, *, most: int) -> bool:
     if held.smaller_plans >= most:
         return fail(session, held, code="out_of_memory", message=message, param=None)
     number = held.smaller_plans + 1
-    status = _leave(session, held.job_id, _waiting(), fence=held.attempt, smaller_plans=number)
+    status = _leave(session, held.job_id, None, fence=held.attempt, smaller_plans=number)
     if status is None:
         return False
     told = Event(f"{message} The job is tried again with a smaller plan ({number} of {most})", level="warn")
@@ -698,20 +698,118 @@ def _fenced(held: Claim) -> Update:
 
 def _waiting() -> ColumnElement[str]:
     """Where a job waits that could run: in the queue, unless its caller has paused it."""
-    return case((Job.desired == Desired.PAUSE, JobStatus.PAUSED.value), else_=JobStatus.QUEUED.value)
+    return case((_table.c.desired == Desired.PAUSE, JobStatus.PAUSED.value), else_=JobStatus.QUEUED.value)
 
 
 def _held_until() -> ColumnElement[float]:
     """When the running attempt ends if it ends now. The lease bounds it: a worker that is silent after its end may have
     been dead for long. So does its beginning: the database's clock may have been set back."""
-    began = func.coalesce(Job.held_since, now())
-    ends = case((Job.lease_until < now(), Job.lease_until), else_=now())
+    began = func.coalesce(_table.c.held_since, now())
+    ends = case((_table.c.lease_until < now(), _table.c.lease_until), else_=now())
     return case((ends < began, began), else_=ends)
 
 
 def _used() -> ColumnElement[float]:
     """GPU-seconds of all attempts, the running one included."""
-    return Job.gpu_seconds + _held_until() - func.coalesce(Job.held_since, now())
+    return _table.c.gpu_seconds + _held_until() - func.coalesce(_table.c.held_since, now())
+
+
+# Statements that workers send all the time are of the table, and made once. Making one anew, and holding it against
+# what the session has loaded, took nearly three times as long as PostgreSQL took to answer it. So the session does not
+# learn what they change: whoever has loaded the job reads it again.
+
+
+def _one(session: Session, statement: Executable, asked: Mapping[str, Any]) -> Row[Any] | None:
+    """The row that a prepared statement returns, in the session's transaction."""
+    return session.connection().execute(statement, asked).one_or_none()
+
+
+def _new(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of columns, by the names that a statement made by `_columns` gives them."""
+    return {f"new_{name}": value for name, value in values.items()}
+
+
+def _columns(names: frozenset[str]) -> dict[str, ColumnElement[Any]]:
+    return {name: bindparam(f"new_{name}", type_=_table.c[name].type) for name in sorted(names)}
+
+
+_JOB = _table.c.id == bindparam("job_id")
+_HELD = and_(_JOB, _table.c.status == JobStatus.RUNNING, _table.c.attempt == bindparam("fence"))
+_UNTIL = now() + bindparam("lease", type_=Double())
+
+_CLAIM = (
+    update(_table)
+    .where(_JOB, _table.c.status == JobStatus.QUEUED, _table.c.attempt == bindparam("fence"))
+    .values(
+        status=JobStatus.RUNNING,
+        rev=_table.c.rev + 1,
+        attempt=_table.c.attempt + 1,
+        lease_owner=bindparam("owner"),
+        lease_until=_UNTIL,
+        held_since=now(),
+        held_until=None,
+        waiting_for=None,
+        started_at=func.coalesce(_table.c.started_at, now()),
+        last_event=_table.c.last_event + 1,
+    )
+    .returning(
+        *(_table.c[name] for name in ("attempt", "last_event", "project_id", "recipe", "base_model", "suffix")),
+        *(_table.c[name] for name in ("training_file", "validation_file", "gpu_seconds", "smaller_plans", "plan")),
+    )
+)
+
+
+@functools.cache
+def _beaten(names: frozenset[str]) -> Executable:
+    """A sign of life, with new values of these columns."""
+    values: dict[str, Any] = _columns(names - {"seconds_left"})
+    if names:
+        values["rev"] = _table.c.rev + 1
+    if "step" in names:
+        values["progress_at"] = now()
+    if "seconds_left" in names:
+        values["estimated_finish"] = now() + bindparam("new_seconds_left", type_=Double())
+    values |= {"lease_until": _UNTIL, "last_event": _table.c.last_event + bindparam("told", type_=Integer())}
+    return update(_table).where(_HELD).values(values).returning(_table.c.desired, _table.c.last_event)
+
+
+@functools.cache
+def _left(waits: bool, names: frozenset[str]) -> Executable:
+    """The end of an attempt: to where it waits, or for good; with new values of these columns."""
+    values: dict[str, Any] = _columns(names - {"pause"})
+    if "pause" in names:
+        values["not_before"] = now() + bindparam("new_pause", type_=Double())
+    values |= {
+        "status": _waiting() if waits else bindparam("to"),
+        "rev": _table.c.rev + 1,
+        "lease_until": None,
+        "estimated_finish": None,
+        "held_until": _held_until(),
+        "gpu_seconds": _used(),
+        "last_event": _table.c.last_event + bindparam("told", type_=Integer()),
+    }
+    if not waits:
+        values["finished_at"] = now()
+    seconds = (_table.c.held_until - _table.c.held_since).label("seconds")
+    answer = _table.c.status, _table.c.project_id, _table.c.last_event, seconds
+    return update(_table).where(_HELD).values(values).returning(*answer)
+
+
+_TOLD = (
+    update(_table)
+    .where(_JOB)
+    .values(last_event=_table.c.last_event + bindparam("told", type_=Integer()))
+    .returning(_table.c.last_event)
+)
+# All in one statement, although the clock is the database's.
+_EVENTS = insert(cast(Table, JobEvent.__table__)).values(created_at=now())
+
+_states = cast(Table, Checkpoint.__table__)
+_GIVEN_UP = (
+    update(_states)
+    .where(_states.c.job_id == bindparam("of_job"), _states.c.state_sha256.is_not(None))
+    .values(state_sha256=None)
+)
 
 
 def _move(
@@ -733,22 +831,20 @@ def _move(
 
 
 def _leave(
-    session: Session, job_id: str, to: JobStatus | ColumnElement[str], *, fence: int, **values: Any
+    session: Session, job_id: str, to: JobStatus | None, told: Sequence[Event] = (), *, fence: int, **values: Any
 ) -> JobStatus | None:
-    """running -> any other status: the attempt ends, and its GPU-seconds are counted."""
-    where = and_(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.attempt == fence)
-    values.update(
-        lease_until=None, estimated_finish=None, held_until=_held_until(), gpu_seconds=_used(), rev=Job.rev + 1
-    )
-    row = session.execute(
-        update(Job)
-        .where(where)
-        .values(status=to, **values)
-        .returning(Job.status, Job.project_id, (Job.held_until - Job.held_since).label("seconds"))
-    ).one_or_none()
+    """running -> an end, or (None) to where the job waits: the attempt ends, and its GPU-seconds are counted.
+
+    Args:
+        told: what is told of it, if that does not depend on where the job waits.
+        values: of columns; `pause` is how many seconds nobody may take the job.
+    """
+    asked = {"job_id": job_id, "fence": fence, "told": len(told), **({} if to is None else {"to": to})}
+    row = _one(session, _left(to is None, frozenset(values)), {**asked, **_new(values)})
     if row is None:
         return None
     fair_queue.charge(session, row.project_id, row.seconds or 0.0)
+    _write_events(session, job_id, row.last_event - len(told) + 1, told)
     return JobStatus(row.status)
 
 
@@ -770,11 +866,11 @@ def _recover(session: Session, job: Job, cause: str, max_recoveries: int) -> boo
     status = _leave(
         session,
         job.id,
-        _waiting(),
+        None,
         fence=job.attempt,
         attempt=job.attempt + 1,
         recoveries=job.recoveries + 1,
-        not_before=now() + min(first * 2.0 ** min(job.recoveries, 30), most),
+        pause=min(first * 2.0 ** min(job.recoveries, 30), most),
     )
     if status is None:
         return False
@@ -794,19 +890,16 @@ def _end_of_time(session: Session, job: Job) -> bool:
 def _end(session: Session, job: Job, code: str, message: str) -> bool:
     """running -> failed, and whoever runs it is shut out."""
     failure = _failure(code, message, None)
-    if not _leave(
-        session, job.id, JobStatus.FAILED, fence=job.attempt, attempt=job.attempt + 1, finished_at=now(), **failure
-    ):
+    told = [_failed(code, message, None)]
+    if not _leave(session, job.id, JobStatus.FAILED, told, fence=job.attempt, attempt=job.attempt + 1, **failure):
         return False
     _give_up_states(session, job.id)
-    _tell(session, job.id, [_failed(code, message, None)])
     return True
 
 
 def _give_up_states(session: Session, job_id: str) -> None:
     """Of a job that has ended: nothing will be resumed any more."""
-    kept = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.state_sha256.is_not(None))
-    session.execute(kept.values(state_sha256=None))
+    session.connection().execute(_GIVEN_UP, {"of_job": job_id})
 
 
 def _give_up_old_states(session: Session, job_id: str, keep: int) -> None:
@@ -830,9 +923,7 @@ def _tell(session: Session, job_id: str, events: Sequence[Event]) -> None:
     """Write events with the next numbers. The counter lies on the job's row: two writers cannot take the same one."""
     if not events:
         return
-    last = session.execute(
-        update(Job).where(Job.id == job_id).values(last_event=Job.last_event + len(events)).returning(Job.last_event)
-    ).scalar_one()
+    last = session.connection().execute(_TOLD, {"job_id": job_id, "told": len(events)}).scalar_one()
     _write_events(session, job_id, last - len(events) + 1, events)
 
 
@@ -849,8 +940,8 @@ def _write_events(session: Session, job_id: str, first: int, events: Sequence[Ev
         }
         for seq, event in enumerate(events, start=first)
     ]
-    # Of the table, not of the class: all in one statement, although the clock is the database's.
-    session.execute(insert(cast(Table, JobEvent.__table__)).values(created_at=now()), rows)
+    if rows:
+        session.connection().execute(_EVENTS, rows)
     for event in events:
         if event.type == "message":
             log.log(_LEVELS[event.level], "%s", event.message, extra={"job": job_id})
@@ -861,16 +952,6 @@ _LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR
 
 def _nudge(session: Session, job_id: str) -> None:
     session.add(Outbox(job_id=job_id, created_at=now()))
-
-
-def _model_name(session: Session, job: Job) -> str:
-    """`ft:<base>:<organisation>:<suffix>:<8 characters>`, OpenAI's form; the same for every attempt."""
-    organization = session.execute(
-        select(Organization.name)
-        .join(Project, Project.organization_id == Organization.id)
-        .where(Project.id == job.project_id)
-    ).scalar_one()
-    return f"ft:{job.base_model}:{organization}:{job.suffix or ''}:{job.id[-8:]}"
 
 
 def file_of(session: Session, project_id: str, file_id: str) -> File | None:

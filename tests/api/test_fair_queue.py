@@ -321,7 +321,7 @@ def test_a_predicted_start_counts_what_runs_now(database: Database) -> None:
     given.worker(database, "w")
     held = given.running_job(database)
     with database.write() as session:
-        jobs.beat(session, held, lease_seconds=60, progress={"estimated_finish": now() + 500, "step": 1})
+        jobs.beat(session, held, lease_seconds=60, progress={"seconds_left": 500, "step": 1})
     waiting = given.queued_job(database, seconds=100)
     after = given.queued_job(database)
     last = given.queued_job(database)

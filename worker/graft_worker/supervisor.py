@@ -35,7 +35,7 @@ from sqlalchemy.orm import Session
 from graft import jobs
 from graft.adapters import AdapterContent
 from graft.catalogue import load_catalogue
-from graft.db import Database, now
+from graft.db import Database
 from graft.errors import ConfigurationError, GraftError
 from graft.jobs import Claim, Event
 from graft.models import Desired, Job
@@ -499,7 +499,7 @@ class Run:
         began, first = self._began
         # From the wall clock, so that evaluations and checkpoints count in.
         remaining = (moment - began) / (step - first) * (total - step)
-        self._progress_is(estimated_finish=now() + remaining)
+        self._progress_is(seconds_left=remaining)
         if self.resumes_from is not None and step <= (self._told_step or 0):
             return  # an earlier attempt has told of it, and it computed the same
         metrics = {name: value for name, value in message.items() if name != "kind" and value is not None}

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     min_examples: int = Field(default=10, ge=1, description="fewest rows a training file may have (OpenAI: 10)")
     lease_seconds: float = Field(default=60.0, gt=0, description="how long a silent worker keeps its job")
     heartbeat_seconds: float = Field(default=10.0, gt=0)
-    poll_seconds: float = Field(default=2.5, gt=0, description="how often an idle worker looks in the database")
+    poll_seconds: float = Field(default=3.0, gt=0, description="how often an idle worker looks in the database")
     grace_seconds: float = Field(default=30.0, gt=0, description="time to write a checkpoint after SIGTERM")
     max_recoveries: int = Field(default=3, ge=0, description="lost workers a job survives without a new checkpoint")
     keep_checkpoints: int = Field(default=3, ge=1, description="resumable states kept for a job, besides the best")

@@ -205,14 +205,15 @@ def _migrate(options: argparse.Namespace, settings: Settings) -> int:
 
 def _files(options: argparse.Namespace, settings: Settings) -> int:
     # Imported late: the other commands need no tokenizer.
-    from graft import audit, resolve
+    from graft import audit
     from graft.catalogue import load_catalogue
+    from graft.preview import lines_of
     from graft.recipe import SOME_DAY
 
     base = load_catalogue(settings.models).resolve(options.model)
     try:
         with options.file.open("rb") as file:
-            rows = list(resolve.lines_of(iter(lambda: file.read(1 << 20), b""), options.line, options.rows))
+            rows = list(lines_of(iter(lambda: file.read(1 << 20), b""), options.line, options.rows))
     except OSError as error:
         raise ConfigurationError(f"The file {options.file} cannot be read: {error.strerror}.") from error
     wanted = audit.Options(

@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import delete, select
 from sqlalchemy.exc import OperationalError
 
-from graft import fair_queue, files, jobs, queue, resolve, workers
+from graft import fair_queue, files, jobs, queue, validation, workers
 from graft.catalogue import Catalogue
 from graft.db import Database
 from graft.models import Outbox
@@ -84,7 +84,7 @@ class Housekeeping:
             waiting = jobs.waiting_for_validation(session)
         for job_id in waiting:
             with _one_of_many("the job cannot be validated", job=job_id):
-                resolve.validate(self._db, self._storage, self._catalogue, self._settings, job_id)
+                validation.validate(self._db, self._storage, self._catalogue, self._settings, job_id)
         self._nudges.wake()
 
     def turn(self) -> float | None:

@@ -17,11 +17,12 @@ import psutil
 import pytest
 from sqlalchemy import select, update
 
-from graft import files, resolve
+from graft import files
 from graft.datasets import KEPT_ERRORS
 from graft.db import Database
 from graft.models import BlobChunk, File, Job, JobEvent
 from graft.storage import DatabaseStorage, StorageUnavailable
+from graft.validation import validate
 
 from ..processes import Service as RunningService
 from ..processes import is_running, wait_for
@@ -159,7 +160,7 @@ def test_a_large_file_has_no_report_yet_and_a_job_waits_for_it(service: Service)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "file_not_processed")
     assert answer.headers["x-should-retry"] == "true"
     job_id = given.new_job(service.database, training_file=made.id)
-    resolve.validate(  # as if the file had come after the reading and before the jobs
+    validate(  # as if the file had come after the reading and before the jobs
         service.database,
         service.storage,
         service.app.state.service.housekeeping._catalogue,
@@ -387,7 +388,7 @@ def test_files_that_cannot_be_compared_fail_no_job(service: Service, monkeypatch
     storage = Interfering(service.database, lambda readers: readers[-1].kill())
     job_id = given.new_job(service.database, training_file=training.id, validation_file=validation.id)
     housekeeping = service.app.state.service.housekeeping
-    resolve.validate(service.database, storage, housekeeping._catalogue, service.settings, job_id)
+    validate(service.database, storage, housekeeping._catalogue, service.settings, job_id)
     (event,) = events(service, job_id)
     assert event.message == "The training file could not be compared with the validation file"
     assert job(service, job_id).status == "queued"

@@ -10,7 +10,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 from sqlalchemy import select
 
-from graft import audit, cli, resolve, tenancy, workers
+from graft import audit, cli, dry_run, tenancy, workers
 from graft.app import create_app
 from graft.db import Database
 from graft.models import Job
@@ -402,7 +402,7 @@ def test_an_estimate_is_made_for_each_worker_that_is_there(service: Service) -> 
 
 
 def test_an_estimate_of_a_large_file_is_of_its_beginning(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "SAMPLE_BYTES", 4096)
+    monkeypatch.setattr(dry_run, "SAMPLE_BYTES", 4096)
     rows = [chat(f"Sky {number:03}?") for number in range(400)]
     body = {"model": "chatml", "training_file": upload(service.sdk(), rows), "validation_split": 0.1}
     found = service.http().post("/v1/fine_tuning/jobs/estimate", json=body).json()

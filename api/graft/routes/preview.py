@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
-from graft import files, resolve
+from graft import dry_run, files
+from graft import preview as previews
 from graft.deps import CallerDep, Service, ServiceDep, StrictRoute
 from graft.errors import Unavailable
 from graft.models import File
@@ -31,7 +32,7 @@ def preview(body: PreviewRequest, caller: CallerDep, service: ServiceDep) -> Pre
         row = files.require_dataset(session, caller.project_id, body.training_file, "training_file")
     with _place():
         today = datetime.now(UTC).date().isoformat()
-        return resolve.preview(body, base, row, service.storage, today=today)
+        return previews.preview(body, base, row, service.storage, today=today)
 
 
 @router.post("/jobs/estimate")
@@ -41,7 +42,7 @@ def estimate(body: JobCreate, caller: CallerDep, service: ServiceDep) -> Estimat
     base = service.catalogue.resolve(body.model)
     sources = _files_of(body, caller, service)
     with _place():
-        return resolve.estimate(body, base, sources, service.database, service.storage, service.settings)
+        return dry_run.estimate(body, base, sources, service.database, service.storage, service.settings)
 
 
 def _files_of(body: JobCreate, caller: Caller, service: Service) -> dict[str, File]:

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from graft import datasets, strict_json, supervision, tokens
 from graft.catalogue import BaseModel
 from graft.conversations import LEFT_OUT, SPELT, ChatTokenizer, Encoder, Example, Refusal, TokenizerUnavailable
+from graft.errors import InvalidRequest, Unavailable
 from graft.recipe import Truncation
 from graft.templates import TemplateFailure
 from graft.tokens import TokenCache, Tokens
@@ -42,22 +43,12 @@ MOST_PREVIEW_TOKENS = 8192
 Writer = Callable[[Path], None]
 
 
-class AuditUnavailable(Exception):
+class AuditUnavailable(Unavailable):
     """It cannot be made on this machine; `reason` ends a sentence. The worker makes it before it trains."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, base: BaseModel, reason: str) -> None:
+        super().__init__(f"Rows cannot be tokenised for {base.id}: {reason}.", code="tokenizer_unavailable")
         self.reason = reason
-
-
-class AuditFault(Exception):
-    """The base model's template, or the file, cannot be trained on at all."""
-
-    def __init__(self, code: str, message: str, param: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.param = param
 
 
 class ChildLost(RuntimeError):
@@ -101,7 +92,7 @@ def audit(
 
     Raises:
         AuditUnavailable: this machine cannot have the base model's tokenizer.
-        AuditFault: the chat template is missing, unsafe or over its limits.
+        InvalidRequest: the chat template is missing, unsafe or over its limits.
     """
     request = {
         "op": "audit",
@@ -111,26 +102,26 @@ def audit(
         "cache": str(cache.folder),
         "cache_bytes": cache.most_bytes,
     }
-    with _lost_means_unavailable(), _Child(request) as child, contextlib.ExitStack() as staged:
+    with _lost_means_unavailable(base), _Child(request) as child, contextlib.ExitStack() as staged:
         while (answer := child.receive()).keys() == {"want"}:
             folder = cache.begin()
             staged.callback(shutil.rmtree, folder, ignore_errors=True)
             path = folder / "rows.jsonl"
             files[answer["want"]][1](path)
             child.send({"path": str(path)})
-        return _checked(answer)
+        return _checked(base, answer)
 
 
 def preview(base: BaseModel, rows: Sequence[tuple[int, bytes]], options: Options) -> dict[str, Any]:
     """The tokens of some rows, with what is learnt of each: `max_seq_length` and `rows`.
 
     Raises:
-        AuditUnavailable, AuditFault: as `audit` does.
+        AuditUnavailable, InvalidRequest: as `audit` does.
     """
     lines = [[line, raw.decode("utf-8", "surrogateescape")] for line, raw in rows]
     request = {"op": "preview", **_base_of(base), "options": options.to_json(), "rows": lines}
-    with _lost_means_unavailable(), _Child(request, timeout=PREVIEW_SECONDS) as child:
-        return _checked(child.receive())
+    with _lost_means_unavailable(base), _Child(request, timeout=PREVIEW_SECONDS) as child:
+        return _checked(base, child.receive())
 
 
 def tokenise(path: Path, tokenizer: ChatTokenizer, settings: tokens.Settings, folder: Path) -> None:
@@ -154,25 +145,25 @@ def tokenise(path: Path, tokenizer: ChatTokenizer, settings: tokens.Settings, fo
 
 
 @contextlib.contextmanager
-def _lost_means_unavailable() -> Iterator[None]:
+def _lost_means_unavailable(base: BaseModel) -> Iterator[None]:
     try:
         yield
     except ChildLost as lost:
         log.warning("%s", lost)
-        raise AuditUnavailable(str(lost)) from lost
+        raise AuditUnavailable(base, str(lost)) from lost
 
 
 def _base_of(base: BaseModel) -> dict[str, Any]:
     if base.is_local and not (Path(base.source) / "tokenizer.json").is_file():
-        raise AuditUnavailable(f"{base.id} has no tokenizer.json here")
+        raise AuditUnavailable(base, f"{base.id} has no tokenizer.json here")
     return {"source": base.source, "revision": base.revision, "is_local": base.is_local}
 
 
-def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+def _checked(base: BaseModel, answer: dict[str, Any]) -> dict[str, Any]:
     if "unavailable" in answer:
-        raise AuditUnavailable(answer["unavailable"])
+        raise AuditUnavailable(base, answer["unavailable"])
     if "fault" in answer:
-        raise AuditFault(**answer["fault"])
+        raise InvalidRequest(**answer["fault"])
     return answer
 
 

@@ -223,12 +223,7 @@ def _files(options: argparse.Namespace, settings: Settings) -> int:
         truncation="truncate_right",
         today=SOME_DAY,
     )
-    try:
-        found = audit.preview(base, rows, wanted)
-    except audit.AuditFault as fault:
-        raise ConfigurationError(fault.message) from fault
-    except audit.AuditUnavailable as unavailable:
-        raise ConfigurationError(f"{base.id} cannot be written with here: {unavailable.reason}.") from unavailable
+    found = audit.preview(base, rows, wanted)
     learnt = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("[[", "]]")
     faults = 0
     for row in found["rows"]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from graft import forecast, resolve, validation
-from graft.audit import AuditUnavailable
 from graft.catalogue import BaseModel
 from graft.db import Database
-from graft.errors import InvalidRequest, Unavailable
+from graft.errors import InvalidRequest
 from graft.models import File
 from graft.schemas import DeviceEstimate, EstimateObject, HyperparametersObject, JobCreate
 from graft.settings import Settings
@@ -35,7 +34,7 @@ def estimate(
     Raises:
         InvalidRequest: the job would be refused; or there is no arithmetic for this base model.
         NotYet: a file is still being read.
-        Unavailable: this server does not have the base model's tokenizer.
+        AuditUnavailable: this machine cannot have the base model's tokenizer.
     """
     resolve.check(body, base)
     fewest = {"training_file": settings.min_examples, "validation_file": 1}
@@ -43,12 +42,7 @@ def estimate(
     form = validation.common_format(sources["training_file"], sources.get("validation_file"))
     today = datetime.now(UTC).date().isoformat()
     resolved = resolve.recipe(body, base, rows=rows["training_file"], form=form, today=today)
-    try:
-        audited = validation.audit_files(body, base, sources, resolved, storage, settings, sample_bytes=SAMPLE_BYTES)
-    except AuditUnavailable as unavailable:
-        raise Unavailable(
-            f"This server cannot write as {base.id} does: {unavailable.reason}.", code="tokenizer_unavailable"
-        ) from unavailable
+    audited = validation.audit_files(body, base, sources, resolved, storage, settings, sample_bytes=SAMPLE_BYTES)
     validation.require_trainable(audited, resolved)
     if audited.shape is None:
         raise InvalidRequest(

@@ -131,7 +131,7 @@ class IdempotencyMismatch(GraftError):
 
 
 class Unavailable(GraftError):
-    """503: the database or the object store is away; the same request may succeed later."""
+    """503: the database, the object store or a tokenizer is away; the same request may succeed later."""
 
     status_code = 503
     type = "server_error"

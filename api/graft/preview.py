@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from graft import audit, datasets
-from graft.audit import AuditFault, AuditUnavailable
 from graft.catalogue import BaseModel
-from graft.errors import InvalidRequest, Unavailable
+from graft.errors import InvalidRequest
 from graft.models import File
 from graft.resolve import check_length, trains_on_inputs
 from graft.schemas import PreviewObject, PreviewRequest
@@ -21,7 +20,7 @@ def preview(body: PreviewRequest, base: BaseModel, file: File, storage: Storage,
 
     Raises:
         InvalidRequest: there are no rows from `first_line` on, or the chat template cannot be used.
-        Unavailable: this server does not have the base model's tokenizer, or was too slow.
+        AuditUnavailable: this machine cannot have the base model's tokenizer, or was too slow.
     """
     check_length(body, base)
     rows = list(lines_of(storage.read(file.sha256), body.first_line, body.rows))
@@ -36,14 +35,7 @@ def preview(body: PreviewRequest, base: BaseModel, file: File, storage: Storage,
         truncation=body.truncation,
         today=today,
     )
-    try:
-        found = audit.preview(base, rows, options)
-    except AuditFault as fault:
-        raise InvalidRequest(fault.message, code=fault.code, param=fault.param) from fault
-    except AuditUnavailable as unavailable:
-        raise Unavailable(
-            f"This server cannot write as {base.id} does: {unavailable.reason}.", code="tokenizer_unavailable"
-        ) from unavailable
+    found = audit.preview(base, rows, options)
     return PreviewObject(
         model=body.model,
         base_model=base.id,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graft import audit, files, forecast, jobs, supervision
-from graft.audit import AuditFault, AuditUnavailable
+from graft.audit import AuditUnavailable
 from graft.catalogue import BaseModel, Catalogue
 from graft.db import Database
 from graft.errors import InvalidRequest, NotYet
@@ -255,8 +255,8 @@ def audit_files(
         sources: the files by the request's field that names them.
 
     Raises:
-        AuditUnavailable: this machine cannot know.
-        InvalidRequest: the base model's chat template cannot be used.
+        AuditUnavailable: this machine cannot have the base model's tokenizer.
+        InvalidRequest: its chat template cannot be used.
     """
     options = audit.Options(
         train_on_inputs=resolved.train_on_inputs,
@@ -283,10 +283,8 @@ def audit_files(
         return f"{file.sha256} to {sample_bytes}" if part else file.sha256
 
     wanted = {name: (name_of(file), writer_of(file)) for name, file in sources.items()}
-    try:
-        found = audit.audit(base, wanted, options, cache=TokenCache(settings.token_cache, settings.token_cache_bytes))
-    except AuditFault as fault:
-        raise InvalidRequest(fault.message, code=fault.code, param=fault.param) from fault
+    cache = TokenCache(settings.token_cache, settings.token_cache_bytes)
+    found = audit.audit(base, wanted, options, cache=cache)
     return Audited(
         tokenizer=found["tokenizer"],
         max_seq_length=found["max_seq_length"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import delete, select, update
 
-from graft import jobs, tenancy
+from graft import jobs
 from graft.db import Database
 from graft.models import AdapterFile, Job, JobEvent, Outbox
 from graft.storage import DatabaseStorage
@@ -105,12 +105,8 @@ def world(sqlite: Database) -> "World":
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'graft.db'}")
-    opened.migrate()
-    with opened.write() as session:
-        tenancy.ensure_defaults(session, None)
-    yield opened
-    opened.dispose()
+    with given.migrated(f"sqlite:///{tmp_path / 'graft.db'}") as opened:
+        yield opened
 
 
 class World:

@@ -25,7 +25,7 @@ import redis
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import func, select, text, update
 
-from graft import db, jobs, queue, tenancy
+from graft import db, jobs, queue
 from graft.db import Database
 from graft.errors import ConfigurationError
 from graft.models import Blob, BlobChunk, Job, Outbox
@@ -41,22 +41,14 @@ SHORT = {"GRAFT_LEASE_SECONDS": "4", "GRAFT_HEARTBEAT_SECONDS": "1", "GRAFT_POLL
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    opened = Database(database_url)
-    opened.migrate()
-    with opened.write() as session:
-        tenancy.ensure_defaults(session, None)
-    yield opened
-    opened.dispose()
+    with given.migrated(database_url) as opened:
+        yield opened
 
 
 @pytest.fixture
 def on_postgres(postgres_url: str) -> Iterator[Database]:
-    opened = Database(postgres_url)
-    opened.migrate()
-    with opened.write() as session:
-        tenancy.ensure_defaults(session, None)
-    yield opened
-    opened.dispose()
+    with given.migrated(postgres_url) as opened:
+        yield opened
 
 
 @pytest.fixture

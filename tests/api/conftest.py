@@ -1,4 +1,4 @@
-"""A migrated database (on both servers, or on SQLite alone) and the service over it."""
+"""A migrated database (on both servers, or on SQLite alone), the service over it, and an empty bucket."""
 
 from __future__ import annotations
 
@@ -10,45 +10,36 @@ import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
-from graft import tenancy
 from graft.db import Database
 
+from . import given
+from .bucket import Bucket, S3Server, set_credentials
 from .given import Service
 
 
 @pytest.fixture(scope="session")
 def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite database with all tables and the default project, to be copied."""
+    """An SQLite database with all tables and the default project, to be copied: making one takes half a second."""
     path = tmp_path_factory.mktemp("migrated") / "graft.db"
-    database = Database(f"sqlite:///{path}")
-    database.migrate()
-    database.dispose()
-    return path
+    with given.migrated(f"sqlite:///{path}"):
+        return path
 
 
 @pytest.fixture
 def database(database_url: str, migrated_file: Path) -> Iterator[Database]:
     """A database on SQLite and on PostgreSQL: a test that takes it runs on both."""
-    opened = Database(database_url)
-    if opened.is_sqlite:
-        shutil.copy(migrated_file, str(opened.url.database))
-    else:
-        opened.migrate()
-    with opened.write() as session:
-        tenancy.ensure_defaults(session, None)
-    yield opened
-    opened.dispose()
+    if database_url.startswith("sqlite:///"):
+        shutil.copy(migrated_file, database_url.removeprefix("sqlite:///"))
+    with given.migrated(database_url) as database:
+        yield database
 
 
 @pytest.fixture
 def sqlite(migrated_file: Path, tmp_path: Path) -> Iterator[Database]:
     """A database on SQLite alone, for what no database changes."""
     path = shutil.copy(migrated_file, tmp_path / "graft.db")
-    opened = Database(f"sqlite:///{path}")
-    with opened.write() as session:
-        tenancy.ensure_defaults(session, None)
-    yield opened
-    opened.dispose()
+    with given.migrated(f"sqlite:///{path}") as database:
+        yield database
 
 
 @pytest.fixture
@@ -69,3 +60,15 @@ def http(service: Service) -> TestClient:
 @pytest.fixture
 def sdk(service: Service) -> OpenAI:
     return service.sdk()
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    set_credentials(monkeypatch)
+    return s3_server.bucket()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,17 @@ def write_catalogue(folder: Path) -> Path:
     path = folder / "models.toml"
     path.write_text(CATALOGUE)
     return path
+
+
+@contextmanager
+def migrated(url: str) -> Iterator[Database]:
+    """The database with all tables and the default project; closed afterwards."""
+    database = Database(url)
+    database.migrate()
+    with database.write() as session:
+        tenancy.ensure_defaults(session, None)
+    yield database
+    database.dispose()
 
 
 @dataclass

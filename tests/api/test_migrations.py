@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -41,6 +42,13 @@ def tables(database: Database) -> set[str]:
     return set(inspect(database.engine).get_table_names())
 
 
+def differences(database: Database) -> list[Any]:
+    """Between the tables that there are and the models."""
+    with database.engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True, "render_as_batch": database.is_sqlite}
+        return compare_metadata(MigrationContext.configure(connection, opts=options), Base.metadata)
+
+
 def alembic(database: Database, action: str, revision: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(migrations_folder()))
@@ -60,10 +68,7 @@ def test_from_nothing_to_the_tables_of_the_models(empty: Database) -> None:
 
 def test_migrations_and_models_agree(empty: Database) -> None:
     empty.migrate()
-    with empty.engine.connect() as connection:
-        options = {"compare_type": True, "compare_server_default": True, "render_as_batch": empty.is_sqlite}
-        context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, Base.metadata) == []
+    assert differences(empty) == []
 
 
 def test_migrating_again_changes_nothing(empty: Database) -> None:
@@ -164,10 +169,7 @@ def test_one_version_down_and_up_again_loses_no_row(empty: Database) -> None:
     assert (job.priority, job.desired, job.gpu_seconds, job.rev) == (0, "run", 0.0, 0)
     assert given.claim(empty, paused).attempt == 1
     assert given.succeed(empty, running)
-    with empty.engine.connect() as connection:
-        options = {"compare_type": True, "compare_server_default": True, "render_as_batch": empty.is_sqlite}
-        context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, Base.metadata) == []
+    assert differences(empty) == []
 
 
 def test_the_code_before_goes_on_working_over_the_new_tables(empty: Database) -> None:

@@ -22,7 +22,7 @@ from graft.models import Blob, BlobChunk
 from graft.storage import CHUNK, PART, DatabaseStorage, S3Storage, Storage, Stored, open_storage, pieces_of, save_to
 
 from . import given
-from .bucket import Bucket, S3Server, set_credentials
+from .bucket import Bucket
 
 SIZES = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 7)
 
@@ -68,18 +68,6 @@ class Place:
             session.execute(delete(BlobChunk))
             for seq, at in enumerate(range(0, len(content or b""), CHUNK)):
                 session.add(BlobChunk(blob_id=blob_id, seq=seq, data=(content or b"")[at : at + CHUNK]))
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    set_credentials(monkeypatch)
-    return s3_server.bucket()
 
 
 @pytest.fixture(params=["in the database", "in a bucket"])

@@ -33,19 +33,7 @@ from graft.storage import (
     remade,
 )
 
-from .bucket import KEY_ID, SECRET, Bucket, Gate, S3Server, set_credentials
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    set_credentials(monkeypatch)
-    return s3_server.bucket()
+from .bucket import KEY_ID, SECRET, Bucket, Gate, S3Server
 
 
 @pytest.fixture

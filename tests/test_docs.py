@@ -53,9 +53,12 @@ def test_the_manifests_lock_their_containers_down_and_give_time_to_save() -> Non
     assert ("ScaledObject", "graft-worker") in kinds
     for each in manifests():
         assert {"apiVersion", "kind", "metadata", "spec"} <= each.keys()
-        if each["kind"] != "Deployment":
+        if each["kind"] not in ("Job", "Deployment"):
             continue
         pod = each["spec"]["template"]["spec"]
+        assert pod["enableServiceLinks"] is False  # a Service's variables would be taken for settings
+        if each["kind"] == "Job":
+            continue
         assert each["spec"]["selector"]["matchLabels"] == each["spec"]["template"]["metadata"]["labels"]
         assert pod["securityContext"]["runAsNonRoot"] is True
         (container,) = pod["containers"]

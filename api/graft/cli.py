@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("action", choices=["preview"])
     files.add_argument("file", type=Path, help="the .jsonl on this machine; it is not uploaded")
     files.add_argument("--model", metavar="M", required=True, help="a base model of the catalogue")
-    files.add_argument("--rows", metavar="N", type=int, default=3, help="how many rows (default: 3)")
-    files.add_argument("--line", metavar="L", type=int, default=1, help="from which line on (default: 1)")
+    files.add_argument("--rows", metavar="N", type=_at_least_one, default=3, help="how many rows (default: 3)")
+    files.add_argument("--line", metavar="L", type=_at_least_one, default=1, help="from which line on (default: 1)")
     health = command("health", _health, "Exit with 0 if the API, or this machine's worker, is well: for health checks.")
     health.add_argument("part", choices=["api", "worker"])
     keys = command("keys", _keys, "Make, list and revoke API keys.")
@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=["kernels", "train"])
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options (-h lists them)")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 on")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace, settings: Settings) -> int:
@@ -216,6 +222,8 @@ def _files(options: argparse.Namespace, settings: Settings) -> int:
             rows = list(lines_of(iter(lambda: file.read(1 << 20), b""), options.line, options.rows))
     except OSError as error:
         raise ConfigurationError(f"The file {options.file} cannot be read: {error.strerror}.") from error
+    if not rows:
+        raise ConfigurationError(f"The file {options.file} has no rows from line {options.line} on.")
     wanted = audit.Options(
         train_on_inputs=False,
         max_seq_length=base.context_length,

@@ -443,6 +443,11 @@ def test_the_command_line_shows_what_a_file_would_teach(
     assert "<|im_start|>user\nSnow?<|im_end|>\n<|im_start|>assistant\n[[White.<|im_end|>]]\n" in shown
     assert cli.main(["files", "preview", str(tmp_path / "none.jsonl"), "--model", "chatml"]) == 1
     assert "cannot be read" in capsys.readouterr().err
+    assert cli.main(["files", "preview", str(path), "--model", "chatml", "--line", "3"]) == 1
+    assert "has no rows from line 3 on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["files", "preview", str(path), "--model", "chatml", "--rows", "0"])
+    assert "'0' is not a number from 1 on" in capsys.readouterr().err
     assert cli.main(["files", "preview", str(path), "--model", "base"]) == 1
     assert "no chat template" in capsys.readouterr().err
 

@@ -25,14 +25,14 @@ import shutil
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import tokenizers
@@ -309,16 +309,3 @@ def _join(folder: Path, count: int) -> None:
             index.extend(own)
             base = mask.tell()
     (folder / "index").write_bytes(index)
-
-
-def first_rows(path: Path, lines: Sequence[int]) -> list[tuple[int, dict[str, Any]]]:
-    """The rows on these lines, read up to the last of them."""
-    wanted, last = set(lines), max(lines, default=0)
-    found = []
-    with path.open("rb") as file:
-        for line, row in datasets.read_rows(file):
-            if line in wanted:
-                found.append((line, row))
-            if line >= last:
-                break
-    return found

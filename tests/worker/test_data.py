@@ -163,7 +163,7 @@ def test_statistics_count_what_became_of_the_file(
     assert (found.num_truncated, found.num_without_end, found.longest, len(dataset.rows)) == (1, 1, 60, 29)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert found.num_trained_tokens == sum(int((row.labels != IGNORED).sum()) for row in dataset.rows)
-    assert found.num_context_tokens + found.num_trained_tokens == sum(len(row.input_ids) for row in dataset.rows)
+    assert found.num_tokens == sum(len(row.input_ids) for row in dataset.rows)
     assert dataset.rows.num_trained == found.num_trained_tokens
     assert dataset.rows.num_tokens == found.num_tokens
     lengths = [len(row.input_ids) for row in longest_first(dataset.rows)]

@@ -107,11 +107,6 @@ class DatasetStatistics:
     num_split: int
     longest: int
 
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens that are read but not learnt."""
-        return self.num_tokens - self.num_trained_tokens
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EncodedDataset:

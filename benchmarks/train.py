@@ -86,15 +86,14 @@ CURVE_STEPS = 60
 Row = dict[str, Any]
 
 
-def write_checkpoint(name: str, folder: Path) -> None:
-    """A randomly initialised checkpoint with a toy tokenizer."""
+def write_weights(sizes: dict[str, Any], folder: Path, device: str = "cuda") -> None:
+    """A Llama of these sizes with random weights in bf16, without a tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[name],
+        **sizes,
         max_position_embeddings=8192,
         dtype="bfloat16",
         bos_token_id=0,
@@ -102,12 +101,20 @@ def write_checkpoint(name: str, folder: Path) -> None:
         pad_token_id=2,
     )
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), torch.no_grad():
+    with torch.device(device), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
     model.save_pretrained(folder, max_shard_size="3GB")
+
+
+def write_checkpoint(name: str, folder: Path) -> None:
+    """A randomly initialised checkpoint with a toy tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    write_weights(SHAPES[name], folder)
     backend = Tokenizer(models.BPE(byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     backend.decoder = decoders.ByteLevel()

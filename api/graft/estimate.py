@@ -1,7 +1,8 @@
 """What a job will take, before it runs: steps, seconds, memory, on each worker there is.
 
 The planner's arithmetic does it, with the rates that a worker measured of its device; what finished jobs really took on
-the same kind of device corrects it. Seconds count from the claim to the result: loading, steps, evaluations.
+the same kind of device corrects it. Seconds count from the claim to the result: startup, training, storing. What a
+base model takes to come from the Hub is in none of them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from graft import planner
 from graft.planner import Budget, Card, ModelShape, PlanRefused, Work
 from graft.recipe import Recipe
 
-# Before any job has finished: how far off the arithmetic may be, each way, and how long the first load takes.
-COLD_SHARE, LEARNT_SHARE = 0.35, 0.15
-STARTUP_SECONDS = 12.0
+# Before any job has finished, how far off the arithmetic may be, each way; and after.
+COLD_SHARE, LEARNT_SHARE = 0.20, 0.10
+# Before any job has finished, what it takes to begin: where the worker holds the base model; where it does not, with a
+# second for so many parameters to be read and quantised; and, of a CPU alone, whose engine starts with a job, for that.
+WARM_SECONDS, COLD_SECONDS, ENGINE_SECONDS = 1.5, 3.0, 6.0
+PARAMETERS_A_SECOND, CPU_PARAMETERS_A_SECOND = 0.55e9, 20e6
+# And to store the last checkpoint and the result: bytes a second, hashed and written, and beside them.
+STORED_BYTES_A_SECOND, STORING_SECONDS = 250e6, 0.5
 # An evaluation is a forward without anything kept: about so much of a step's time a token.
 EVALUATION_SHARE = 1 / 3
 LEARNT_FROM = 8
@@ -96,12 +102,14 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """Where a job could run, as a worker describes it. `bytes` is what a plan may fill, None on a CPU; `rates`
-    are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second."""
+    are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second;
+    `holds` is the base model in its memory."""
 
     name: str
     bytes: int | None
     rates: Mapping[str, float]
     worker: str | None = None
+    holds: str | None = None
 
     def card(self) -> Card:
         """Its rates, in the planner's form."""
@@ -120,21 +128,31 @@ REFERENCE = Device(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learnt:
-    """From jobs that finished on such a device with such a base model: how long they took to begin, and how much
-    longer than predicted their steps and evaluations took. Medians over `jobs` of them."""
+    """From jobs that finished on such a device with such a base model, medians over `jobs` of them.
 
-    startup_seconds: float = STARTUP_SECONDS
+    `startup_seconds` is known for those that found the base model in memory (True), for others, for both or for
+    neither; `factor` is how much longer than predicted steps and evaluations took.
+    """
+
+    startup_seconds: Mapping[bool, float] = field(default_factory=dict)
+    storing_seconds: float | None = None
     factor: float = 1.0
     jobs: int = 0
 
     @classmethod
     def from_jobs(cls, finished: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Learnt:
         """Of (estimate, measured) pairs, the newest first, as they stand in the jobs' rows."""
-        pairs = [(e, m) for e, m in finished if e.get("raw_seconds") and m.get("training_seconds")][:LEARNT_FROM]
+        pairs = [(e, m) for e, m in finished if e.get("raw_seconds") and "storing_seconds" in m][:LEARNT_FROM]
         if not pairs:
             return cls()
+        startup = {
+            warm: statistics.median(found)
+            for warm in (False, True)
+            if (found := [m["startup_seconds"] for _, m in pairs if m["was_warm"] is warm])
+        }
         return cls(
-            startup_seconds=statistics.median(m["startup_seconds"] for _, m in pairs),
+            startup_seconds=startup,
+            storing_seconds=statistics.median(m["storing_seconds"] for _, m in pairs),
             factor=statistics.median(m["training_seconds"] / e["raw_seconds"] for e, m in pairs),
             jobs=len(pairs),
         )
@@ -145,7 +163,8 @@ class Estimate:
     """What one job will take on one device. Where it does not fit, `refusal` says what would make it fit.
 
     `peak_bytes` is the plan's, which takes what there is (on a CPU what the process grows by); `needs_bytes` what the
-    job could not do without on a GPU. `raw_seconds` is the arithmetic's own, before what finished jobs have taught.
+    job could not do without on a GPU. `parts` of `seconds` are startup, training and storing; `raw_seconds` is what the
+    arithmetic alone says of the training, before what finished jobs have taught.
     """
 
     device: str
@@ -158,6 +177,7 @@ class Estimate:
     seconds: float
     seconds_low: float
     seconds_high: float
+    parts: Mapping[str, float]
     raw_seconds: float
     step_seconds: float
     learnt_from_jobs: int
@@ -196,7 +216,13 @@ def estimate(recipe: Recipe, shape: ModelShape, amount: Amount, device: Device, 
     step_seconds = seconds_a_token * mean + plan.optimizer_seconds
     evaluations = (max(recipe.n_evals, 1) + 1) * amount.valid_tokens * seconds_a_token * EVALUATION_SHARE
     raw = steps * step_seconds + evaluations
-    seconds = learnt.startup_seconds + raw * learnt.factor
+    startup = learnt.startup_seconds.get(device.holds == recipe.base_model)
+    parts = {
+        "startup": _startup_seconds(recipe, shape, device) if startup is None else startup,
+        "training": raw * learnt.factor,
+        "storing": _storing_seconds(shape, adapter) if learnt.storing_seconds is None else learnt.storing_seconds,
+    }
+    seconds = sum(parts.values())
     share = LEARNT_SHARE if learnt.jobs >= 2 else COLD_SHARE
     return Estimate(
         device=device.name,
@@ -209,7 +235,24 @@ def estimate(recipe: Recipe, shape: ModelShape, amount: Amount, device: Device, 
         seconds=seconds,
         seconds_low=seconds * (1 - share),
         seconds_high=seconds * (1 + share),
+        parts=parts,
         raw_seconds=raw,
         step_seconds=step_seconds * learnt.factor,
         learnt_from_jobs=learnt.jobs,
     )
+
+
+def _startup_seconds(recipe: Recipe, shape: ModelShape, device: Device) -> float:
+    """From the claim to the first step, where no job has shown it."""
+    if device.holds == recipe.base_model:
+        return WARM_SECONDS
+    parameters = shape.layers * shape.linear_parameters
+    if device.bytes is None:
+        return ENGINE_SECONDS + WARM_SECONDS + parameters / CPU_PARAMETERS_A_SECOND
+    return COLD_SECONDS + WARM_SECONDS + parameters / PARAMETERS_A_SECOND
+
+
+def _storing_seconds(shape: ModelShape, adapter: planner.AdapterShape) -> float:
+    """The last checkpoint's state (weights and optimizer), and twice the adapter, as an archive and as files."""
+    stored = adapter.parameters(shape) * (4 + adapter.state_bytes + 4 * 4)
+    return STORING_SECONDS + stored / STORED_BYTES_A_SECOND

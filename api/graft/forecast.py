@@ -67,7 +67,7 @@ def _grown(facts: Facts, rows: int) -> int:
 def devices(session: Session, heartbeat_seconds: float) -> list[Device]:
     """Where a job could run: the workers that are there and have said how fast they are; a reference where none has."""
     found = [
-        Device(name=row.device, bytes=row.device_bytes, rates=row.rates, worker=row.id)
+        Device(name=row.device, bytes=row.device_bytes, rates=row.rates, worker=row.id, holds=row.base_model)
         for row in workers.alive(session, heartbeat_seconds)
         if row.rates
     ]
@@ -75,10 +75,15 @@ def devices(session: Session, heartbeat_seconds: float) -> list[Device]:
 
 
 def learnt_from(session: Session, base_model: str, device: str) -> Learnt:
-    """From the newest jobs that finished on such a device with this base model."""
+    """From the newest jobs that finished on such a device with this base model, in one go."""
     rows = session.execute(
         select(Job.estimate, Job.measured)
-        .where(Job.base_model == base_model, Job.measured.is_not(None), Job.estimate.is_not(None))
+        .where(
+            Job.base_model == base_model,
+            Job.attempt == 1,
+            Job.measured.is_not(None),
+            Job.estimate.is_not(None),
+        )
         .order_by(Job.finished_at.desc())
         .limit(MOST_JOBS)
     )

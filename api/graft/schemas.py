@@ -313,7 +313,8 @@ class PreviewObject(BaseModel):
 
 class DeviceEstimate(BaseModel):
     """What the job takes on one device. `worker` None: no worker is there, and a reference stands in for one. Where it
-    does not fit, `refusal` says what to change. Seconds are from the claim to the result."""
+    does not fit, `refusal` says what to change. Seconds are from the claim to the result; `parts` of them are startup,
+    training and storing."""
 
     device: str
     worker: str | None
@@ -324,6 +325,7 @@ class DeviceEstimate(BaseModel):
     seconds: float
     seconds_low: float
     seconds_high: float
+    parts: dict[str, float]
     step_seconds: float
     gpu_hours: float
     learnt_from_jobs: int

@@ -65,8 +65,8 @@ class Engine:
                 self._measure()
             else:
                 self._one_job(TrainingSpec.from_json(command["spec"]))
-                if not self._is_measured:
-                    self._measure()
+                if not self._is_measured and self._base is not None and self._base.device.type == "cuda":
+                    self._measure()  # a GPU that the supervisor did not expect
 
     def _listen(self) -> None:
         for line in self._commands:
@@ -147,20 +147,17 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _measure(self) -> None:
-        """Say what the machine has. On a CPU after the first job, which it would only keep waiting."""
+        """Say what the machine has."""
         import torch
 
-        from graft_kernels.nf4 import NF4Weight
         from graft_worker.measure import measured
 
         self._is_measured = True
         try:
-            weights = (getattr(each, "weight", None) for each in self._base.model.modules()) if self._base else ()
-            weight = next((each for each in weights if isinstance(each, NF4Weight)), None)
             device = torch.device(self._device())
             if device.type == "cuda":
                 device = torch.device("cuda", device.index or 0)
-            self._say("device", **measured(device, weight))
+            self._say("device", **measured(device))
         except Exception as error:
             log.warning("the device cannot be measured: %s", error)
             self._say("device", device=None, device_bytes=None, rates=None)

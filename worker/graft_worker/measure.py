@@ -1,8 +1,16 @@
-"""What this machine has for a job: the device's name, the memory that a plan may fill, and the planner's rates."""
+"""What this machine has for a job: the device's name, the memory that a plan may fill, and the planner's rates.
+
+    python -m graft_worker.measure PARENT_PID      # a CPU's, in a process that is gone afterwards, as one line of JSON
+
+A worker with a GPU has its engine measure it. Without one an idle worker holds no engine, and asks this instead.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +20,16 @@ import torch
 
 from graft import planner
 from graft_kernels.nf4 import NF4Weight, decode
-from graft_worker import planning
-from graft_worker.export import device_name
+from graft_worker.processes import die_with_parent
 
 
-def measured(device: torch.device, weight: NF4Weight | None = None) -> dict[str, Any]:
-    """`device`, `device_bytes` (None on a CPU) and `rates`, as `graft.workers.register` takes them. Takes 0.3 s.
-
-    `weight` is what a CPU's decoding is measured on; without one it is left out, and so are all rates.
-    """
+def measured(device: torch.device) -> dict[str, Any]:
+    """`device`, `device_bytes` (None on a CPU) and `rates`, as `graft.workers.register` takes them. Takes 0.3 s."""
     if device.type == "cuda":
+        # They import what a CPU is measured without.
+        from graft_worker import planning
+        from graft_worker.export import device_name
+
         card = planning.measured_card(device)
         free, _ = torch.cuda.mem_get_info(device)
         there_is = free + torch.cuda.memory_reserved(device)
@@ -30,12 +38,20 @@ def measured(device: torch.device, weight: NF4Weight | None = None) -> dict[str,
             "device_bytes": planner.usable_bytes(there_is),
             "rates": {"gemm": card.product, "copy": card.copy, "link": card.to_host},
         }
-    rates = None if weight is None else cpu_rates(weight)
-    return {"device": cpu_name(), "device_bytes": None, "rates": rates}
+    return {"device": cpu_name(), "device_bytes": None, "rates": cpu_rates()}
 
 
-def cpu_rates(weight: NF4Weight) -> dict[str, float]:
+def cpu_rates() -> dict[str, float]:
     """FLOP/s of a product in fp32; bytes/s of an elementwise op, counted as if in bf16; weights decoded a second."""
+    weight = NF4Weight(
+        packed=torch.randint(0, 256, (1 << 19,), dtype=torch.uint8),
+        shape=(1024, 1024),
+        blocksize=64,
+        absmax=torch.randint(0, 256, (1 << 14,), dtype=torch.uint8),
+        code2=torch.rand(256),
+        absmax2=torch.rand(1 << 6),
+        offset=torch.rand(()),
+    )
     a, b = torch.randn(256, 1024), torch.randn(1024, 1024)
     x = torch.randn(1 << 20)
     out = torch.empty_like(x)
@@ -64,3 +80,13 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         least = min(least, time.perf_counter() - began)
     return least
+
+
+def main() -> None:
+    """Print what the CPU has. Ends with its parent."""
+    die_with_parent(signal.SIGKILL, int(sys.argv[1]))
+    print(json.dumps(measured(torch.device("cpu"))))
+
+
+if __name__ == "__main__":
+    main()

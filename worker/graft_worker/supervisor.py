@@ -17,8 +17,11 @@ What becomes of an attempt that did not finish is decided here (`Supervisor._run
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +146,7 @@ class Supervisor:
         self._catalogue = load_catalogue(settings.models)
         self._presence = Presence(database, name, beat_seconds=settings.heartbeat_seconds)
         self._engine: EngineProcess | None = None
+        self._measuring: subprocess.Popen[str] | None = None
         self._was_paused = False
         # The kernel ends an engine with the thread that started it, so one that stays starts them all.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-starter")
@@ -150,7 +154,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Enter the registry. With a GPU only when the engine has opened and measured it: no job is claimed that does
-        not fit. Without one an idle worker starts no engine, and its first job's brings the rates.
+        not fit. Without one an idle worker starts no engine: a process that ends again measures the CPU meanwhile.
 
         Raises:
             ConfigurationError: the GPU cannot be used.
@@ -164,6 +168,9 @@ class Supervisor:
                     "GRAFT_DEVICE=cpu trains without it."
                 )
             self._describe()
+        else:
+            self._measuring = self._starter.submit(_measure_cpu).result()
+            threading.Thread(target=self._learn_rates, args=(self._measuring,), name="measuring", daemon=True).start()
         self._presence.start()
 
     def leave(self) -> None:
@@ -175,7 +182,6 @@ class Supervisor:
         if self.stop.is_set() or not self._busy.acquire(blocking=False):
             return False
         try:
-            self._describe()  # a CPU is measured when its first job has ended
             claim = self._claim()
             if claim is None:
                 if self._was_paused:
@@ -209,6 +215,9 @@ class Supervisor:
     def close(self) -> None:
         """End the engine and leave the registry, for good."""
         self._end_engine()
+        if self._measuring is not None:
+            self._measuring.kill()
+            self._measuring.wait()
         self._starter.shutdown()
         self._presence.stop()
 
@@ -219,6 +228,12 @@ class Supervisor:
         if engine is not None and engine.device is not None:
             found = engine.device
             self._presence.describe(device=found["device"], device_bytes=found["device_bytes"], rates=found["rates"])
+
+    def _learn_rates(self, measuring: subprocess.Popen[str]) -> None:
+        """What the process says of the CPU, for the registry. Without it jobs run as well, and are not estimated."""
+        assert measuring.stdout is not None
+        with measuring.stdout, contextlib.suppress(ValueError):  # it was ended, or could not do it: its log says why
+            self._presence.describe(**json.loads(measuring.stdout.read()))
 
     def _free_device(self) -> None:
         """After a pause, when no other job wants the device: a GPU goes back whole, a CPU's engine may stay warm."""
@@ -342,6 +357,7 @@ class Run:
         self._writing = threading.Lock()  # so that events come in their order
         self._flushed = 0.0
         self._claimed = time.monotonic()
+        self._was_warm = False  # the engine held the base model already
         self._startup_seconds: float | None = None
         self._began: tuple[float, int] | None = None  # when the first step of this attempt ended, and its number
         self._told_step: int | None = None  # up to there earlier attempts have told their story
@@ -402,7 +418,8 @@ class Run:
             Stalled: the engine is there and does nothing.
             CheckpointUnusable: it could not restore the state that it was given.
         """
-        if engine.holds != self.claim.recipe.base_model:
+        self._was_warm = engine.holds == self.claim.recipe.base_model
+        if not self._was_warm:
             engine.holds = None
         engine.send("run", spec=spec.to_json())
         leaving: str | None = None  # why, once the engine has been told
@@ -539,13 +556,21 @@ class Run:
                 content=content,
                 results=results,
                 events=events,
-                measured={
-                    "startup_seconds": self._startup_seconds,
-                    "training_seconds": message["seconds"],
-                    **message["measured"],
-                },
+                measured={**self._times(message["seconds"]), **message["measured"]},
             )
         )
+
+    def _times(self, training: float) -> dict[str, Any]:
+        """Seconds from the claim to the result, and of them: up to the first step (or evaluation), the training (of all
+        attempts), and beside it what checkpoints and the result kept waiting."""
+        whole, startup = time.monotonic() - self._claimed, self._startup_seconds or 0.0
+        return {
+            "seconds": whole,
+            "was_warm": self._was_warm,
+            "startup_seconds": startup,
+            "training_seconds": training,
+            "storing_seconds": max(0.0, whole - startup - training),
+        }
 
     # -- an end without a result --------------------------------------------------------------------------------
 
@@ -768,6 +793,17 @@ def _expects_gpu(settings: Settings) -> bool:
     if settings.device is not None:
         return settings.device.startswith("cuda")
     return os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
+def _measure_cpu() -> subprocess.Popen[str]:
+    """`graft_worker.measure`, on its way."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "graft_worker.measure", str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a Ctrl-C at the terminal is not for it
+    )
 
 
 def _why(error: SQLAlchemyError) -> object:

@@ -69,9 +69,16 @@ PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "ml
 # Micro-batches of up to so many tokens are replayed as CUDA graphs (`graft_worker.graphs`).
 GRAPH_TOKENS = 4096
 # On a CPU: the most tokens of a micro-batch, where larger products gain nothing, and what a kernel's reference costs
-# beyond its arithmetic.
+# beyond its arithmetic. Fitted to steps on two models of 4 and 5 M parameters: what a burst of products is above
+# products within a step, and above attention; the passes that references make over memory for one of a kernel; passes
+# over the logits, and how much slower they are where malloc asks the system for each such tensor anew.
 CPU_TOKENS = 4096
-CPU_OP_SECONDS = 60e-6
+CPU_OP_SECONDS = 300e-6
+CPU_BURST, CPU_ATTENTION, CPU_PASSES = 1.4, 6.4, 6.0
+CPU_LOGIT_PASSES, CPU_FRESH_BYTES, CPU_FRESH = 12, 32 * MIB, 12
+# Rows of logits at a time there, in fp32, copies of them, and copies of what the MLP's activation is given
+# (`graft_kernels.cross_entropy`, `.swiglu`).
+CPU_CHUNK_ROWS, CPU_CHUNK_BYTES, CPU_LOGITS, CPU_GATES = 8192, 2 * GIB, 4, 6
 # Rows of the head that are multiplied at a time, wherever it lies (`graft_kernels.cross_entropy`).
 SLAB_ROWS = 16_384
 # The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
@@ -470,10 +477,11 @@ H100 = Card(
 
 def cpu(name: str, *, gemm: float, copy: float, decode: float) -> Card:
     """A CPU, which runs the references: `gemm` in fp32, `copy` that of an elementwise op, counted as bytes of bf16."""
-    attention = AttentionRate(gemm / 4, 1.0)
+    attention = AttentionRate(gemm / CPU_ATTENTION, 1.0)
+    copy /= CPU_PASSES
     return Card(
         name=name,
-        gemm=((1, gemm),),
+        gemm=((1, gemm / CPU_BURST),),
         product=gemm,
         copy=copy,
         to_host=copy,
@@ -1494,18 +1502,31 @@ def cpu_plan(recipe: Recipe, shape: ModelShape, work: Work, card: Card) -> Plan:
     names = tensor_bytes(shape, adapter)
     action: Action = "recompute" if recipe.gradient_checkpointing else "keep"
     layer: Layer = {name: "keep" if name == "x" else action for name in names}
+    tokens = max(min(work.step_tokens, CPU_TOKENS), work.longest_document)
+    chunk = min(CPU_CHUNK_ROWS, max(256, CPU_CHUNK_BYTES // (4 * shape.vocab)))
     plan = predict(
         shape,
         adapter,
         work,
         layers=[layer] * shape.layers,
-        micro_batch_tokens=max(min(work.step_tokens, CPU_TOKENS), work.longest_document),
-        head_chunk_rows=CHUNK_ROWS[0],
+        micro_batch_tokens=tokens,
+        head_chunk_rows=chunk,
         quantization=recipe.quantization,
         card=card,
     )
-    peak = {name: size if name == "linear_weights" else 2 * size for name, size in plan.peak.items()}
-    return replace(plan, peak=peak, peak_bytes=sum(peak.values()))
+    rows = work.head_rows(tokens)
+    logits = 4 * min(rows, chunk) * shape.vocab
+    peak = {name: size if name in ("linear_weights", "libraries") else 2 * size for name, size in plan.peak.items()}
+    peak |= {"logits": CPU_LOGITS * logits, "gates": CPU_GATES * 8 * tokens * shape.intermediate}
+    passes = CPU_LOGIT_PASSES * (CPU_FRESH if logits > CPU_FRESH_BYTES else 1) / CPU_PASSES
+    seconds = {**plan.seconds, "logits": passes * 4.0 * rows * shape.vocab / card.copy}
+    return replace(
+        plan,
+        peak=peak,
+        peak_bytes=sum(peak.values()),
+        seconds=seconds,
+        micro_batch_seconds=sum(seconds.values()),
+    )
 
 
 # A refusal --------------------------------------------------------------------------------------------------------

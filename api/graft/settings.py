@@ -61,8 +61,11 @@ class Settings(BaseSettings):
         ge=0,
         description="how large that folder may grow before the weights unused for longest go; 0 keeps none",
     )
+    token_cache_dir: Path | None = Field(
+        default=None, description="files as tokens; may be shared by API and workers; data_dir/tokens when unset"
+    )
     token_cache_bytes: int = Field(
-        default=10 * 1024**3, ge=0, description="how large data_dir/tokens may grow before the tokens unused longest go"
+        default=10 * 1024**3, ge=0, description="how large that folder may grow before the tokens unused longest go"
     )
     device: str | None = Field(default=None, description="torch device of the engine; unset: cuda if there is one")
     log_level: str = "INFO"
@@ -80,7 +83,7 @@ class Settings(BaseSettings):
     @property
     def token_cache(self) -> Path:
         """Where files are kept as tokens."""
-        return self.data_dir / "tokens"
+        return self.token_cache_dir or self.data_dir / "tokens"
 
     def require_database_url(self) -> str:
         """The URL, after the folder of an SQLite file has been made. Raises ConfigurationError if it cannot be."""

@@ -16,11 +16,22 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft.conversations import ChatTokenizer, Encoder, Refusal, clean_messages
+from graft.recipe import Recipe
 from graft.supervision import Limits
 from graft.tokens import TokenCache
+from graft_worker.base_model import load_base_model
 from graft_worker.batches import pack
-from graft_worker.data import IGNORED, Rows, chat_tokenizer, encode_file, longest_first, split_rows
+from graft_worker.data import (
+    IGNORED,
+    Rows,
+    chat_tokenizer,
+    encode_file,
+    longest_first,
+    split_rows,
+    tokenise_ahead,
+)
 from graft_worker.failures import TrainingFailure
+from graft_worker.spec import TrainingSpec
 
 from .tiny import MARKED_TEMPLATE, PLAIN_TEMPLATE, conversation
 
@@ -284,6 +295,44 @@ def test_tokens_are_kept_and_found_again(
     encode_file(path, tokenizer, max_seq_length=128, cache=TokenCache(cache.folder, 1), today="2030-01-01")
     encode_file(write_jsonl([conversation(7)]), tokenizer, max_seq_length=128, cache=TokenCache(cache.folder, 1))
     assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_what_is_tokenised_while_the_base_is_loaded_is_there_when_training_asks(
+    tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., Path], tmp_path: Path, base_folder: Path
+) -> None:
+    small = write_jsonl([conversation(index) for index in range(12)])
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(small.read_bytes() * -(-(3 << 20) // small.stat().st_size))
+    spec = TrainingSpec(
+        job_id="ftjob-1",
+        recipe=Recipe(base_model="tiny", today="2026-01-02"),
+        model_source=str(base_folder),
+        model_revision=None,
+        context_length=1024,
+        base_model_name="tiny",
+        training_file=path,
+        validation_file=small,
+        work_dir=tmp_path / "work",
+        token_cache=tmp_path / "cache",
+        token_cache_bytes=1 << 30,
+    )
+    load_base_model(base_folder, quantization="none", device="cpu", meanwhile=lambda found: tokenise_ahead(spec, found))
+    cache = TokenCache(tmp_path / "cache", 1 << 30)
+    (entry,) = cache.folder.iterdir()  # the small one is not worth a process
+    written = (entry / "ids").stat().st_mtime_ns
+    encode_file(path, tokenizer, max_seq_length=128, cache=cache, today="2026-01-02")
+    assert (entry / "ids").stat().st_mtime_ns == written
+    assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_what_fails_beside_the_loading_does_not_fail_the_loading(
+    base_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: PreTrainedTokenizerFast) -> None:
+        raise OSError("no room for tokens")
+
+    load_base_model(base_folder, quantization="none", device="cpu", meanwhile=fail)
+    assert "no room for tokens" in caplog.text
 
 
 def test_the_split_is_the_same_for_the_same_seed(

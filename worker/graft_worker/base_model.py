@@ -9,11 +9,13 @@ Quantised weights are kept on disk (`weight_cache`), so only the first load quan
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -109,6 +111,7 @@ def load_base_model(
     compute_dtype: torch.dtype | None = None,
     cache: WeightCache | None = None,
     report: Report | None = None,
+    meanwhile: Callable[[PreTrainedTokenizerFast], None] | None = None,
 ) -> BaseModel:
     """Load a Hugging Face repository or a local folder, frozen, onto `device`.
 
@@ -116,7 +119,8 @@ def load_base_model(
     Embeddings, norms and the output head stay in `compute_dtype` (None: `default_compute_dtype`); embedding and head
     are left in pinned memory on the host where a GPU has hardly room for the whole. With a `cache`, quantised weights
     are read from there, or written there; a cache that fails costs time and a warning, no more. `report` is told where
-    the weights came from, in sentences for the owner of the job (None: the log is).
+    the weights came from, in sentences for the owner of the job (None: the log is). `meanwhile` is done beside the
+    loading of the weights, in a thread, and is at its end when this returns; what it raises is logged.
 
     Raises:
         TrainingFailure: base_model_unavailable, unsafe_weights, unsupported_base_model, out_of_memory.
@@ -154,7 +158,8 @@ def load_base_model(
             if entry is not None:
                 entry.close()
             raise
-        model = loader.load(entry)
+        with _beside(meanwhile, tokenizer):
+            model = loader.load(entry)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingFailure(
             "out_of_memory",
@@ -174,6 +179,27 @@ def load_base_model(
         num_parameters=_num_parameters(model),
         num_bytes=_num_bytes(model),
     )
+
+
+@contextlib.contextmanager
+def _beside(
+    work: Callable[[PreTrainedTokenizerFast], None] | None, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[None]:
+    """Do the work in a thread of its own, and wait for its end. It is done for later; whoever needs it finds out."""
+
+    def run() -> None:
+        assert work is not None
+        try:
+            work(tokenizer)
+        except Exception as error:
+            log.warning("what was to be done while the base model is loaded failed: %s", error)
+
+    thread = None if work is None else threading.Thread(target=run, name="beside-loading", daemon=True)
+    if thread is not None:
+        thread.start()
+    yield
+    if thread is not None:
+        thread.join()
 
 
 def _lacks_room(config: Any, quantization: Quantization, device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from graft.supervision import Facts, Limits
 from graft.templates import DEFAULT, TemplateFailure
 from graft.tokens import TokenCache, Tokens
 from graft_worker.failures import TrainingFailure
+from graft_worker.spec import TrainingSpec
 
 IGNORED = -100
 # Beyond this a file is worth the cores, and the moment that their processes take to start.
@@ -144,21 +145,10 @@ def encode_file(
     """
     chat = chat_tokenizer(tokenizer)
     sha256 = _sha256_of(path)
-    cache = cache or TokenCache(path.parent / "tokens", 0)
+    kept_in = cache or TokenCache(path.parent / "tokens", 0)
 
     def prepare(settings: tokens.Settings) -> Tokens:
-        key = tokens.key_of(sha256, chat, settings)
-        if (found := cache.find(key)) is not None:
-            return found
-        made = cache.begin()
-        try:
-            if path.stat().st_size > IN_THIS_PROCESS_BYTES:
-                audit.tokenise(path, chat, settings, made)
-            else:
-                tokens.make(path, chat, settings, made, processes=1)
-            return cache.keep(made, key)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        return _prepare(path, sha256, chat, settings, kept_in)
 
     settings = tokens.Settings(train_on_inputs=train_on_inputs, today=today)
     try:
@@ -175,6 +165,34 @@ def encode_file(
         raise TrainingFailure(verdict.code, verdict.message, verdict.param)  # type: ignore[arg-type]
     rows = Rows(np.frombuffer(found.ids, np.int32), np.frombuffer(found.mask, np.uint8), kept)
     return EncodedDataset(rows, _statistics(sha256, facts), facts)
+
+
+def tokenise_ahead(spec: TrainingSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put a job's large files into its token cache, for `encode_file` to find: what can be done while its base model is
+    still being loaded. Nothing to do where the audit's tokens are there."""
+    if spec.token_cache is None:
+        return
+    cache = TokenCache(spec.token_cache, spec.token_cache_bytes)
+    settings = tokens.Settings(train_on_inputs=spec.recipe.train_on_inputs, today=spec.recipe.today)
+    for path in (spec.training_file, spec.validation_file):
+        if path is not None and path.stat().st_size > IN_THIS_PROCESS_BYTES:
+            _prepare(path, _sha256_of(path), chat_tokenizer(tokenizer), settings, cache)
+
+
+def _prepare(path: Path, sha256: str, chat: ChatTokenizer, settings: tokens.Settings, cache: TokenCache) -> Tokens:
+    """The file's tokens, from the cache, or made and put there."""
+    key = tokens.key_of(sha256, chat, settings)
+    if (found := cache.find(key)) is not None:
+        return found
+    made = cache.begin()
+    try:
+        if path.stat().st_size > IN_THIS_PROCESS_BYTES:
+            audit.tokenise(path, chat, settings, made)
+        else:
+            tokens.make(path, chat, settings, made, processes=1)
+        return cache.keep(made, key)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _statistics(sha256: str, facts: Facts) -> DatasetStatistics:

@@ -165,6 +165,7 @@ class Engine:
     def _warm_base(self, spec: TrainingSpec) -> Any:
         """The base model of the job; loaded only if the job before used another one."""
         from graft_worker.base_model import load_base_model
+        from graft_worker.data import tokenise_ahead
         from graft_worker.weight_cache import WeightCache
 
         key = (spec.model_source, spec.model_revision, spec.recipe.quantization)
@@ -183,6 +184,7 @@ class Engine:
                 device=device,
                 cache=WeightCache(self._settings.weight_cache, self._settings.weight_cache_bytes),
                 report=lambda level, message: self._say("log", level=level, message=message, data={}),
+                meanwhile=lambda tokenizer: tokenise_ahead(spec, tokenizer),
             )
             self._base_key = key
             seconds = time.monotonic() - began

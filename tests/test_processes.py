@@ -283,7 +283,13 @@ def test_an_idle_service_costs_next_to_nothing(tmp_path: Path) -> None:
     with Service(tmp_path) as service:
         print(f"\nfirst answer of /healthz {service.start_seconds:.2f} s after the start")
         assert service.start_seconds < 10
-        time.sleep(3)  # the worker's own start
+
+        def has_measured() -> bool:
+            with contextlib.closing(sqlite3.connect(tmp_path / "graft.db")) as connection:
+                return connection.execute("select 1 from workers where rates like '%gemm%'").fetchone() is not None
+
+        wait_for("what the worker has measured, so that a first job has an estimate", has_measured, 60, pause=0.5)
+        time.sleep(1)  # for the process that did it
         processes = service.processes()
         assert len(processes) == 2
         began, before = time.monotonic(), cpu_seconds(processes)

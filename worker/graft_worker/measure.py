@@ -24,7 +24,7 @@ from graft_worker.processes import die_with_parent
 
 
 def measured(device: torch.device) -> dict[str, Any]:
-    """`device`, `device_bytes` (None on a CPU) and `rates`, as `graft.workers.register` takes them. Takes 0.3 s, on a CPU 0.6."""
+    """`device`, `device_bytes` (None on a CPU) and `rates`, as `graft.workers.register` takes them. In 0.3 to 0.6 s."""
     if device.type == "cuda":
         # They import what a CPU is measured without.
         from graft_worker import planning

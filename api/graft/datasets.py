@@ -892,6 +892,12 @@ def _check_messages(messages: Any, path: str, faults: _Faults, earlier: Sequence
 
 
 def _check_message(message: Any, path: str, faults: _Faults) -> None:
+    # Nearly all messages are of this kind, and have none of the faults below.
+    if type(message) is dict and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and role in _PLAIN_ROLES and type(content) is str and content:
+            return
+
     def fault(name: str, text: str, hint: str = "") -> None:
         faults.add(f"{path}.{name}", "invalid_message", text, hint)
 

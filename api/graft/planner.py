@@ -69,12 +69,12 @@ PUT_AWAY = ("qkv", "attention", "attention_out", "x", "residual", "gate_up", "ml
 # Micro-batches of up to so many tokens are replayed as CUDA graphs (`graft_worker.graphs`).
 GRAPH_TOKENS = 4096
 # On a CPU: the most tokens of a micro-batch, where larger products gain nothing, and what a kernel's reference costs
-# beyond its arithmetic. Fitted to steps on two models of 4 and 5 M parameters: what a burst of products is above
-# products within a step, and above attention; the passes that references make over memory for one of a kernel; passes
-# over the logits, and how much slower they are where malloc asks the system for each such tensor anew.
+# beyond its arithmetic. Fitted on one machine to steps of two models of 4 and 5 M parameters: what a burst of products
+# is above products within a step, and above attention; the passes that references make over memory for one of a
+# kernel; passes over the logits, and how much slower they are where malloc asks the system for each such tensor anew.
 CPU_TOKENS = 4096
-CPU_OP_SECONDS = 300e-6
-CPU_BURST, CPU_ATTENTION, CPU_PASSES = 1.4, 6.4, 6.0
+CPU_OP_SECONDS = 400e-6
+CPU_BURST, CPU_ATTENTION, CPU_PASSES = 1.55, 6.4, 6.0
 CPU_LOGIT_PASSES, CPU_FRESH_BYTES, CPU_FRESH = 12, 32 * MIB, 12
 # Rows of logits at a time there, in fp32, copies of them, and copies of what the MLP's activation is given
 # (`graft_kernels.cross_entropy`, `.swiglu`).

@@ -182,6 +182,7 @@ class Supervisor:
         if self.stop.is_set() or not self._busy.acquire(blocking=False):
             return False
         try:
+            self._describe()  # a GPU that was not expected is measured when its first job has ended
             claim = self._claim()
             if claim is None:
                 if self._was_paused:
@@ -234,6 +235,7 @@ class Supervisor:
         assert measuring.stdout is not None
         with measuring.stdout, contextlib.suppress(ValueError):  # it was ended, or could not do it: its log says why
             self._presence.describe(**json.loads(measuring.stdout.read()))
+        measuring.wait()
 
     def _free_device(self) -> None:
         """After a pause, when no other job wants the device: a GPU goes back whole, a CPU's engine may stay warm."""

@@ -111,8 +111,9 @@ class Runner:
             [sys.executable, "-m", "graft.templates"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # It needs to find this package, and nothing else of the environment: no keys, no addresses.
-            env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": _SEARCH_PATH, "LC_ALL": "C.UTF-8"},
+            # It needs to find this package and what it imports, and nothing else of the environment: no keys, no
+            # addresses.
+            env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": _search_path(), "LC_ALL": "C.UTF-8"},
             bufsize=0,
         )
         self._buffer = bytearray()
@@ -219,7 +220,9 @@ def _written(value: Any) -> bytes:
         return json.dumps(value).encode()
 
 
-_SEARCH_PATH = str(Path(__file__).parent.parent)
+def _search_path() -> str:
+    """Where this process finds its modules, which need not be where its interpreter looks by itself."""
+    return os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
 
 
 # The child ------------------------------------------------------------------------------------------------------------

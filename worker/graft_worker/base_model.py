@@ -553,7 +553,8 @@ def _fill(
 
 
 def _fill_from_entry(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device, source: str) -> None:
-    """Put the tensors of a cache's entry in their places."""
+    """Put the tensors of a cache's entry in their places. Small ones may have come to the host with a table."""
+    tensors = {name: tensor if name in _TABLES else tensor.to(device) for name, tensor in tensors.items()}
     linears = _decoder_linears(model)
     biases: dict[str, Tensor] = {}
     weights: dict[str, NF4Weight | Tensor] = {}

@@ -312,6 +312,7 @@ class Decoder:
         self.head_chunk_rows: int | None = None
         # Where they were found, and are put back to.
         self._tables_before = self.embedding.weight.device != self.device, self.head.device != self.device
+        self._scale_beside_table()
         self._head_on_host = self._tables_before[1]
         self._plans: list[LayerPlan] = [KEEP_ALL] * len(self.layers)
         self._host = HostStore(self.device)
@@ -396,7 +397,13 @@ class Decoder:
                 module.weight = nn.Parameter(_moved_whole(weight.detach(), on_host, self.device), requires_grad=False)
         if tied:
             self.embedding.weight = self.head
+        self._scale_beside_table()
         self._head_on_host = head_on_host
+
+    def _scale_beside_table(self) -> None:
+        """What the rows of the embedding are multiplied by (Gemma) lies where they are gathered."""
+        for name, buffer in list(self.embedding.named_buffers(recurse=False)):
+            setattr(self.embedding, name, buffer.to(self.embedding.weight.device))
 
     def attach_gradients(self) -> None:
         """Give every A and B of the adapter a `.grad` that the micro-batches are summed into, all in one buffer.

@@ -476,8 +476,7 @@ def eager_product(x: Tensor, weight: Any, first: Tensor, second: Tensor, transpo
 
 
 def fused_linear(tokens: int, options: Options) -> Iterator[Case]:
-    """The same in one launch, for few tokens, where the weight's bytes are what costs. In turns, with the host ahead of
-    the card: its calls take longer than some of these kernels."""
+    """The same in one launch, for few tokens, where the weight's bytes are what costs."""
     from graft_kernels.fused_linear import fused_backward_dx, fused_forward
 
     for n, k in (((HEADS + 2 * KEY_HEADS) * D, H), (H, H), (2 * I, H), (H, I)):
@@ -795,20 +794,26 @@ def milliseconds(call: Call, quick: bool) -> tuple[float, float, float]:
 
 
 def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, float, float]]:
-    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks."""
+    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks.
+
+    Each call is captured as a graph: some of these kernels take less time than their launches take the host.
+    """
     cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
-    for call in (*calls.values(), *calls.values()):
+    graphs = {name: torch.cuda.CUDAGraph() for name in calls}
+    for name, call in calls.items():
         call()
+        with torch.cuda.graph(graphs[name]):
+            call()
     names, times = list(calls), {name: list[float]() for name in calls}
     for turn in range(8 if quick else 25):
-        for _ in range(4 * len(names)):  # a millisecond or two, for the host to get ahead of the card
+        for _ in range(2 * len(names)):  # for the host to get ahead of the card
             cache.zero_()
         events = []
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             cache.zero_()
             start.record()
-            calls[name]()
+            graphs[name].replay()
             end.record()
             events.append((name, start, end))
         torch.cuda.synchronize()

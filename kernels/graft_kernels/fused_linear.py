@@ -31,12 +31,14 @@ Nothing is kept for a backward; this file has no autograd, its caller has.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graft_kernels.fused_hopper import _fused_hopper_kernel, input_tiles
+from graft_kernels.fused_hopper import _fused_hopper_kernel, input_tiles, low_rank_parts
 from graft_kernels.launch import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -60,8 +62,8 @@ _RANK_CHUNK = 64
 _REDUCE_BLOCK_O = 128
 # The kernel of `fused_hopper.py`: its largest rank; from how many elements of a weight on it serves up to 256 tokens;
 # and how many programs run at a time on the card that it was measured on.
-_HOPPER_RANK = 64
-_LARGE_WEIGHT = 20_000_000
+_HOPPER_RANK = 256
+_LARGE_WEIGHT = {"forward": 20_000_000, "backward": 30_000_000}
 _MULTIPROCESSORS = 132
 
 
@@ -83,6 +85,7 @@ class FusedConfig:
     scales_shared: bool = True  # the second level's 256 values are looked up in shared memory, not through the L1
     max_registers: int | None = None  # per thread: fewer let more programs share a multiprocessor
     hopper: bool = False  # the kernel of `fused_hopper.py`: block_m is 256, block_o 64 or 128, S comes first
+    programs: int = 0  # there: so many share all tiles' steps equally; 0: a program takes a tile
 
 
 def fused_linear_reference(
@@ -335,7 +338,7 @@ def fused_config(
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction is {direction!r}, expected 'forward' or 'backward'")
     out_size, sum_size = (n, k) if direction == "forward" else (k, n)
-    if hopper and m > 128 and (m > 256 or n * k >= _LARGE_WEIGHT):
+    if hopper and m > 128 and (m > 256 or n * k >= _LARGE_WEIGHT[direction]):
         return _hopper_config(m, out_size, sum_size)
     inline = rank <= MAX_INLINE_RANK
     block_m = min(256, max(16, next_power_of_2(max(m, 1))))
@@ -361,20 +364,28 @@ def fused_config(
     )
 
 
+@functools.cache
 def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
-    """The cut whose time the sweep's figures predict to be least: microseconds for a step of 64 of the reduction, and
-    for writing and adding partial sums. The prediction is within a tenth of what the sweep measured."""
-    cuts: dict[tuple[int, int], float] = {}
-    for block_o, step in ((128, 1.0), (64, 0.8)):
-        for splits in (1, 2, 4):
-            programs = cdiv(m, 256) * cdiv(out_size, block_o) * splits
-            adding = 0.0 if splits == 1 else 4.0 + splits * m * out_size * 8 / 2.5e6
-            steps = cdiv(sum_size // 64, splits)
-            cuts[block_o, splits] = cdiv(programs, _MULTIPROCESSORS) * steps * step + adding
-    block_o, splits = min(cuts, key=lambda cut: cuts[cut])
+    """The cut whose time the sweep's figures predict to be least, in microseconds: of a step of 64 of the reduction, of
+    going on to another tile, and of leaving and adding the parts of one. Within a tenth of what was measured."""
+    tiles, steps = cdiv(m, 256) * cdiv(out_size, 128), sum_size // 64
+    total = tiles * steps
+    cuts = {0: 1.06 * steps * cdiv(tiles, _MULTIPROCESSORS)}
+    for programs in (_MULTIPROCESSORS, 128, 96, 64):
+        if programs > total:
+            continue
+        ends = [i * total // programs for i in range(programs + 1)]
+        touched = max((end - 1) // steps - begin // steps + 1 for begin, end in itertools.pairwise(ends))
+        shared = max(
+            Counter(tile for i in range(programs) for tile in {ends[i] // steps, (ends[i + 1] - 1) // steps}).values()
+        )
+        cuts[programs] = 1.06 * cdiv(total, programs) + 5.0 * (touched - 1) + (14.0 if shared == 2 else 26.0)
+        if shared > 2 and touched > 1:
+            cuts[programs] += 12.0
     return FusedConfig(
-        block_m=256, block_o=block_o, block_r=64, num_warps=8, num_stages=4, splits=splits, inline=False, hopper=True
-    )
+        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, inline=False, hopper=True,
+        programs=min(cuts, key=lambda programs: cuts[programs]),
+    )  # fmt: skip
 
 
 def _hopper_takes(in_: Tensor, sum_size: int, rank: int) -> bool:
@@ -471,7 +482,7 @@ def _fused(
     steps = cdiv(sum_size, cut.block_r)
     steps_per_split = cdiv(steps, cut.splits)
     splits = cdiv(steps, steps_per_split)  # no split is left without work
-    inline = not cut.hopper and (cut.inline or splits > 1)
+    inline = cut.inline or splits > 1
 
     words = weight.packed.view(-1).view(torch.int32)
     nested = weight.code2 is not None
@@ -486,50 +497,60 @@ def _fused(
         else:
             stride_dj, stride_dr = lora_a.stride()
             stride_uo, stride_uj = lora_b.stride()
-        if splits > 1 and not cut.hopper:
-            s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
-        elif not inline:
-            down_Rr = (lora_b if backward else lora_a.t()).to(in_.dtype)
-            s = torch.addmm(in_.new_empty(1), in_, down_Rr, beta=0, alpha=scale)
-            stride_s = s.stride(0)
-    target = out if splits == 1 else in_.new_empty(splits, m, out_size, dtype=torch.float32)
     rank_block = max(16, next_power_of_2(max(rank, 1)))
-    chunk = min(_RANK_CHUNK, rank_block)
     if cut.hopper:
+        tiles = cdiv(m, cut.block_m) * cdiv(out_size, cut.block_o)
+        programs = min(cut.programs, tiles * steps) or tiles
+        parts = arrivals = None
+        if cut.programs:
+            parts = in_.new_empty(programs, 2, cut.block_o, cut.block_m, dtype=torch.float32)
+            # Zeros, which the launch that makes S writes, if there is one.
+            arrivals = (in_.new_empty if rank else in_.new_zeros)(programs, dtype=torch.int32)
+        if down is not None:
+            s = low_rank_parts(in_, down.t() if backward else down, arrivals)
         launch(
             _fused_hopper_kernel,
-            (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o), splits),
+            (programs,),
             input_tiles(in_, cut.block_m, cut.block_r), words, weight.absmax, _code(in_.device), weight.code2,
-            weight.absmax2, weight.offset, s, up, bias, target,
-            m, out_size, sum_size, target.stride(-2), k // 8, k // 64, stride_s, stride_uo, stride_uj,
-            steps_per_split,
-            RANK=rank, RANK_BLOCK=rank_block, BACKWARD=backward, NESTED=nested, HAS_BIAS=bias is not None,
-            SPLITS=splits, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
-            num_warps=cut.num_warps, enable_fp_fusion=False,
+            weight.absmax2, weight.offset, s, up, bias, out, parts, arrivals,
+            m, out_size, sum_size, out.stride(0), k // 8, k // 64, stride_uo, stride_uj, float(scale),
+            RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward, NESTED=nested,
+            HAS_BIAS=bias is not None, CUT=cut.programs > 0,
+            BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
+            num_warps=cut.num_warps, maxnreg=cut.max_registers, enable_fp_fusion=False,
         )  # fmt: skip
-    else:
-        extra = cdiv(rank, chunk) if splits > 1 else 0
-        launch(
-            _fused_linear_kernel,
-            (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
-            in_, words, weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
-            down, up, s, bias, target, s_partial,
-            m, n, k, in_.stride(0), target.stride(-2), stride_dj, stride_dr, stride_uo, stride_uj, stride_s,
-            float(scale), steps_per_split,
-            RANK=rank, RANK_BLOCK=rank_block if inline and splits == 1 else 16, CHUNK=chunk, INLINE=inline,
-            BACKWARD=backward,
-            NESTED=nested, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
-            EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
-            BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
-            num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
-        )  # fmt: skip
+        return out
+
+    if down is not None and splits > 1:
+        s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
+    elif down is not None and not inline:
+        down_Rr = (down if backward else down.t()).to(in_.dtype)
+        s = torch.addmm(in_.new_empty(1), in_, down_Rr, beta=0, alpha=scale)
+        stride_s = s.stride(0)
+    target = out if splits == 1 else in_.new_empty(splits, m, out_size, dtype=torch.float32)
+    chunk = min(_RANK_CHUNK, rank_block)
+    extra = cdiv(rank, chunk) if splits > 1 else 0
+    launch(
+        _fused_linear_kernel,
+        (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
+        in_, words, weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
+        down, up, s, bias, target, s_partial,
+        m, n, k, in_.stride(0), target.stride(-2), stride_dj, stride_dr, stride_uo, stride_uj, stride_s,
+        float(scale), steps_per_split,
+        RANK=rank, RANK_BLOCK=rank_block if inline and splits == 1 else 16, CHUNK=chunk, INLINE=inline,
+        BACKWARD=backward,
+        NESTED=nested, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
+        EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
+        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
+    )  # fmt: skip
     if splits > 1:
         block_m = 16
         launch(
             _fused_reduce_kernel,
             (cdiv(m, block_m), cdiv(out_size, _REDUCE_BLOCK_O)),
             target, s_partial, up, bias, out, m, out_size, out.stride(0), stride_uo, stride_uj, float(scale),
-            RANK=0 if cut.hopper else rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
+            RANK=rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_O=_REDUCE_BLOCK_O, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -43,7 +43,7 @@ PROCESSES = 2
 MAY_SPILL: dict[str, tuple[int, str]] = {}
 
 # Kernels written for one kind of tensor core: on the others their op takes another one.
-ONLY_ON = {"_fused_hopper_kernel": "sm_90"}
+ONLY_ON = {"_fused_hopper_kernel": "sm_90", "_low_rank_parts_kernel": "sm_90"}
 
 COLUMNS = (
     *("card", "kernel", "case", "constants", "num_warps", "num_stages"),

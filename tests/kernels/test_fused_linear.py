@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from graft_kernels.fused_hopper import low_rank_parts
 from graft_kernels.fused_linear import (
     MAX_RANK,
     FusedConfig,
@@ -40,11 +41,11 @@ VARIANTS = {
 HOPPER = {
     "128 outputs": FusedConfig(block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, hopper=True),
     "64 outputs": FusedConfig(block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, hopper=True),
-    "128 outputs, split": FusedConfig(
-        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, splits=2, hopper=True
+    "128 outputs, shared": FusedConfig(
+        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, programs=7, hopper=True
     ),
-    "64 outputs, split": FusedConfig(
-        block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, splits=3, hopper=True
+    "64 outputs, shared": FusedConfig(
+        block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, programs=132, hopper=True
     ),
 }
 
@@ -182,6 +183,26 @@ def test_on_hopper_every_run_gives_the_same_bits(variant: str, device: str) -> N
     for function in (fused_forward, fused_backward_dx):
         first = function(x, weight, a, b, config=HOPPER[variant])
         assert all(torch.equal(function(x, weight, a, b, config=HOPPER[variant]), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "size", "rank"), [(1, 64, 1), (130, 1000, 3), (48, 4096, 16), (17, 192, 48), (300, 576, 256)]
+)
+def test_low_rank_parts_sum_to_the_float64_product(
+    m: int, size: int, rank: int, dtype: torch.dtype, device: str
+) -> None:
+    if refuses_without_kernels(device) or (INTERPRETED and dtype == torch.bfloat16):
+        return
+    x, down = torch.randn(m, size).to(dtype), torch.randn(rank, size)
+    expected = x.double() @ down.to(dtype).double().t()
+    for factor in (down, down.t().contiguous().t()):  # as A lies in memory, and as B does
+        arrivals = torch.full((132,), 7, dtype=torch.int32)
+        parts = low_rank_parts(x, factor, arrivals)
+        assert parts.shape[1:] == (m, rank)
+        assert distance(parts.double().sum(0), expected) < TOLERANCE[torch.float32]
+        assert not arrivals.any()
+        assert torch.equal(low_rank_parts(x, factor), parts)
 
 
 def test_on_hopper_the_rule_takes_its_kernel_from_some_tokens_on() -> None:

@@ -78,13 +78,14 @@ def whose_turn(
         passed: projects that are to be passed over.
     """
     asked = {"device_bytes": device_bytes, "job_id": job_id, "passed": list(passed)}
-    row = session.connection().execute(_turn(device_bytes is not None, job_id is not None), asked).one_or_none()
+    turn = _turn(device_bytes is not None, job_id is not None, bool(passed))
+    row = session.connection().execute(turn, asked).one_or_none()
     return None if row is None else Turn(row.id, row.priority, row.created_at)
 
 
 # Statements that are asked all the time are made once: making them takes longer than answering them.
 @functools.cache
-def _turn(is_sized: bool, is_named: bool) -> Select[Any]:
+def _turn(is_sized: bool, is_named: bool, passes: bool) -> Select[Any]:
     mine, first = aliased(Job), aliased(Job)
     due = [mine.project_id == Project.id, *_due(mine, is_sized, is_named)]
     # Named, because the second holds the first inside, which would otherwise look at all projects at once.
@@ -94,13 +95,14 @@ def _turn(is_sized: bool, is_named: bool) -> Select[Any]:
     oldest = select(first.created_at).where(*due).correlate(Project)
     created_at = oldest.order_by(first.created_at).limit(1).scalar_subquery()
     running = _running()
-    found = (
+    candidates = (
         select(Project.id, priority.label("priority"), created_at.label("created_at"), _share(running).label("share"))
         .outerjoin(running, running.c.project_id == Project.id)
         .where(or_(Project.max_running_jobs.is_(None), func.coalesce(running.c.jobs, 0) < Project.max_running_jobs))
-        .where(Project.id.not_in(bindparam("passed", expanding=True)))
-        .subquery()
     )
+    if passes:  # seldom, and a list of any length is written into the statement anew each time
+        candidates = candidates.where(Project.id.not_in(bindparam("passed", expanding=True)))
+    found = candidates.subquery()
     return (
         select(found)
         .where(found.c.priority.is_not(None))

@@ -23,9 +23,9 @@ COLD_SHARE, LEARNT_SHARE = 0.35, 0.15
 # second for so many parameters to be read and quantised; and, of a CPU alone, whose engine starts with a job, for that.
 WARM_SECONDS, COLD_SECONDS, ENGINE_SECONDS = 1.5, 3.0, 6.0
 PARAMETERS_A_SECOND, CPU_PARAMETERS_A_SECOND = 0.55e9, 20e6
-# And to store the last checkpoint and the result: bytes a second, hashed and written, and what is none of them. The
-# figures are those of a CPU; of a GPU only the loading has been measured (14.6 s for an 8B), and the rest is assumed.
-STORED_BYTES_A_SECOND, STORING_SECONDS = 250e6, 0.5
+# And to store the last checkpoint: bytes a second, hashed and written (into SQLite, on two disks, 50e6 and 100e6), and
+# what is none of them. The others are those of a CPU; of a GPU only the loading has been measured (14.6 s for an 8B).
+STORED_BYTES_A_SECOND, STORING_SECONDS = 80e6, 0.5
 # An evaluation is a forward without anything kept: about so much of a step's time a token.
 EVALUATION_SHARE = 1 / 3
 LEARNT_FROM = 8
@@ -254,6 +254,7 @@ def _startup_seconds(recipe: Recipe, shape: ModelShape, device: Device) -> float
 
 
 def _storing_seconds(shape: ModelShape, adapter: planner.AdapterShape) -> float:
-    """The last checkpoint's state (weights and optimizer), and twice the adapter, as an archive and as files."""
-    stored = adapter.parameters(shape) * (4 + adapter.state_bytes + 4 * 4)
+    """The last checkpoint: its state (weights and optimizer), and the adapter as an archive and as files, which is the
+    job's result as well."""
+    stored = adapter.parameters(shape) * (4 + adapter.state_bytes + 2 * 4)
     return STORING_SECONDS + stored / STORED_BYTES_A_SECOND

@@ -131,6 +131,16 @@ def test_the_same_content_is_kept_once(place: Place) -> None:
     assert place.counts() == (1, 1)
 
 
+def test_a_file_that_is_here_already_is_not_written_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"w" * (CHUNK + 1))
+    first = place.storage.put(pieces_of(file))
+    monkeypatch.setattr(place.storage, "_write", lambda *_: pytest.fail("written again"))
+    assert place.storage.put(pieces_of(file)) == first
+
+
 def test_the_same_content_from_many_sides_is_kept_once(place: Place) -> None:
     start = threading.Barrier(6)
 

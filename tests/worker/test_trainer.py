@@ -325,6 +325,18 @@ def test_a_model_that_our_decoder_does_not_compute_is_trained_through_transforme
         assert not exact.model.training
 
 
+def test_the_last_checkpoints_adapter_is_the_result_to_the_byte(make_spec: MakeSpec, base: BaseModel) -> None:
+    """So that storage holds it once."""
+    events = run(make_spec(), base)
+    saved = [event for event in events if isinstance(event, CheckpointSaved)][-1]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    kept, result = (
+        {path.name: path.read_bytes() for path in Path(each.adapter_dir).iterdir()} for each in (saved, finished)
+    )
+    assert kept == result
+
+
 def test_early_stopping_needs_something_to_watch(make_spec: MakeSpec, base: BaseModel) -> None:
     with pytest.raises(TrainingFailure, match=r"^no_validation_data"):
         run(make_spec(validation_file=None, early_stopping=EarlyStopping()), base)

@@ -37,12 +37,11 @@ from torch import Tensor
 
 H, I, HEADS, KEY_HEADS, D, V, RANK = 4096, 14336, 32, 8, 128, 128256, 16  # noqa: E741
 TOKENS = (2048, 8192, 16384)
-FEW_TOKENS = (16, 64, 128, 256, 512, 640)
+FEW_TOKENS = (16, 64, 128, 256, 384, 512, 640)
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 EPS = 1e-5
 PEERS = ("liger-kernel", "bitsandbytes", "unsloth", "flash-attn")
-SUMMARY = "Times the ops of graft_kernels beside plain PyTorch, torch.compile and the peers that are installed."
 COLUMNS = (
     *("card", "driver", "torch", "triton", "peers", "commit"),
     *("op", "shape", "dtype", "direction", "provider", "ms", "p20", "p80", "roofline", "overhead", "note"),
@@ -793,17 +792,19 @@ def milliseconds(call: Call, quick: bool) -> tuple[float, float, float]:
     return median, low, high
 
 
-def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, float, float]]:
-    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks.
-
-    Each call is captured as a graph: some of these kernels take less time than their launches take the host.
-    """
-    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
-    graphs = {name: torch.cuda.CUDAGraph() for name in calls}
-    for name, call in calls.items():
+def captured(call: Call) -> Call:
+    """The call as a graph: some of these kernels take less time than their launches take the host."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         call()
-        with torch.cuda.graph(graphs[name]):
-            call()
+    return graph.replay
+
+
+def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, float, float]]:
+    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
+    replays = {name: captured(call) for name, call in calls.items()}
     names, times = list(calls), {name: list[float]() for name in calls}
     for turn in range(8 if quick else 25):
         for _ in range(2 * len(names)):  # for the host to get ahead of the card
@@ -813,7 +814,7 @@ def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, floa
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             cache.zero_()
             start.record()
-            graphs[name].replay()
+            replays[name]()
             end.record()
             events.append((name, start, end))
         torch.cuda.synchronize()
@@ -937,7 +938,8 @@ def line(row: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m graft_kernels.bench", description="Times the ops of graft_kernels."
+        prog="python -m graft_kernels.bench",
+        description="Times the ops of graft_kernels beside plain PyTorch, torch.compile and installed peers.",
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"all without one, or some of: {', '.join(OPS)}")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the lines there as well")

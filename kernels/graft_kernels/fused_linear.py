@@ -479,67 +479,56 @@ def _fused(
     along_k = cut.block_o if backward else cut.block_r
     if along_k % BLOCKSIZE != 0:
         raise ValueError(f"the block along K is {along_k}, expected a multiple of {BLOCKSIZE}")
+    down_jR, up_Oj = lora_a, lora_b
+    if backward and lora_a is not None and lora_b is not None:
+        down_jR, up_Oj = lora_b.t(), lora_a.t()
+    if cut.hopper:
+        _launch_hopper(cut, in_, weight, down_jR, up_Oj, scale, bias, out, backward)
+    else:
+        _launch(cut, in_, weight, down_jR, up_Oj, scale, bias, out, backward)
+    return out
+
+
+def _launch(
+    cut: FusedConfig,
+    in_: Tensor,
+    weight: NF4Weight,
+    down_jR: Tensor | None,
+    up_Oj: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    backward: bool,
+) -> None:
+    (m, sum_size), out_size, (n, k) = in_.shape, out.shape[1], weight.shape
     steps = cdiv(sum_size, cut.block_r)
     steps_per_split = cdiv(steps, cut.splits)
     splits = cdiv(steps, steps_per_split)  # no split is left without work
     inline = cut.inline or splits > 1
-
-    words = weight.packed.view(-1).view(torch.int32)
-    nested = weight.code2 is not None
-    s = s_partial = None
-    down, up = lora_a, lora_b
-    stride_dj = stride_dr = stride_uo = stride_uj = stride_s = 0
-    if lora_a is not None and lora_b is not None:
-        if backward:
-            down, up = lora_b, lora_a
-            stride_dr, stride_dj = lora_b.stride()
-            stride_uj, stride_uo = lora_a.stride()
-        else:
-            stride_dj, stride_dr = lora_a.stride()
-            stride_uo, stride_uj = lora_b.stride()
+    rank, s, s_partial, stride_s = 0, None, None, 0
+    stride_down: tuple[int, ...] = (0, 0)
+    stride_up: tuple[int, ...] = (0, 0)
+    if down_jR is not None and up_Oj is not None:
+        rank, stride_down, stride_up = down_jR.shape[0], down_jR.stride(), up_Oj.stride()
+        if splits > 1:
+            s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
+        elif not inline:
+            s = torch.addmm(in_.new_empty(1), in_, down_jR.t().to(in_.dtype), beta=0, alpha=scale)
+            stride_s = s.stride(0)
     rank_block = max(16, next_power_of_2(max(rank, 1)))
-    if cut.hopper:
-        tiles = cdiv(m, cut.block_m) * cdiv(out_size, cut.block_o)
-        programs = min(cut.programs, tiles * steps) or tiles
-        parts = arrivals = None
-        if cut.programs:
-            parts = in_.new_empty(programs, 2, cut.block_o, cut.block_m, dtype=torch.float32)
-            # Zeros, which the launch that makes S writes, if there is one.
-            arrivals = (in_.new_empty if rank else in_.new_zeros)(programs, dtype=torch.int32)
-        if down is not None:
-            s = low_rank_parts(in_, down.t() if backward else down, arrivals)
-        launch(
-            _fused_hopper_kernel,
-            (programs,),
-            input_tiles(in_, cut.block_m, cut.block_r), words, weight.absmax, _code(in_.device), weight.code2,
-            weight.absmax2, weight.offset, s, up, bias, out, parts, arrivals,
-            m, out_size, sum_size, out.stride(0), k // 8, k // 64, stride_uo, stride_uj, float(scale),
-            RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward, NESTED=nested,
-            HAS_BIAS=bias is not None, CUT=cut.programs > 0,
-            BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
-            num_warps=cut.num_warps, maxnreg=cut.max_registers, enable_fp_fusion=False,
-        )  # fmt: skip
-        return out
-
-    if down is not None and splits > 1:
-        s_partial = in_.new_empty(splits, m, rank, dtype=torch.float32)
-    elif down is not None and not inline:
-        down_Rr = (down if backward else down.t()).to(in_.dtype)
-        s = torch.addmm(in_.new_empty(1), in_, down_Rr, beta=0, alpha=scale)
-        stride_s = s.stride(0)
     target = out if splits == 1 else in_.new_empty(splits, m, out_size, dtype=torch.float32)
     chunk = min(_RANK_CHUNK, rank_block)
     extra = cdiv(rank, chunk) if splits > 1 else 0
     launch(
         _fused_linear_kernel,
         (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
-        in_, words, weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
-        down, up, s, bias, target, s_partial,
-        m, n, k, in_.stride(0), target.stride(-2), stride_dj, stride_dr, stride_uo, stride_uj, stride_s,
+        in_, _words(weight), weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
+        down_jR, up_Oj, s, bias, target, s_partial,
+        m, n, k, in_.stride(0), target.stride(-2), *stride_down, *stride_up, stride_s,
         float(scale), steps_per_split,
         RANK=rank, RANK_BLOCK=rank_block if inline and splits == 1 else 16, CHUNK=chunk, INLINE=inline,
         BACKWARD=backward,
-        NESTED=nested, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
+        NESTED=weight.code2 is not None, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
         EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
         BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
@@ -549,11 +538,50 @@ def _fused(
         launch(
             _fused_reduce_kernel,
             (cdiv(m, block_m), cdiv(out_size, _REDUCE_BLOCK_O)),
-            target, s_partial, up, bias, out, m, out_size, out.stride(0), stride_uo, stride_uj, float(scale),
+            target, s_partial, up_Oj, bias, out, m, out_size, out.stride(0), *stride_up, float(scale),
             RANK=rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_O=_REDUCE_BLOCK_O, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+
+
+def _launch_hopper(
+    cut: FusedConfig,
+    in_: Tensor,
+    weight: NF4Weight,
+    down_jR: Tensor | None,
+    up_Oj: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    backward: bool,
+) -> None:
+    (m, sum_size), out_size, k = in_.shape, out.shape[1], weight.shape[1]
+    tiles = cdiv(m, cut.block_m) * cdiv(out_size, cut.block_o)
+    programs = min(cut.programs, tiles * cdiv(sum_size, cut.block_r)) or tiles  # none is left without a step
+    rank, parts, arrivals, s = 0, None, None, None
+    stride_up: tuple[int, ...] = (0, 0)
+    if cut.programs:
+        parts = in_.new_empty(programs, 2, cut.block_o, cut.block_m, dtype=torch.float32)
+        # Zeros, which the launch that makes S writes, if there is one.
+        arrivals = (in_.new_zeros if down_jR is None else in_.new_empty)(programs, dtype=torch.int32)
+    if down_jR is not None and up_Oj is not None:
+        rank, stride_up = down_jR.shape[0], up_Oj.stride()
+        s = low_rank_parts(in_, down_jR, arrivals)
+    launch(
+        _fused_hopper_kernel,
+        (programs,),
+        input_tiles(in_, cut.block_m, cut.block_r), _words(weight), weight.absmax, _code(in_.device), weight.code2,
+        weight.absmax2, weight.offset, s, up_Oj, bias, out, parts, arrivals,
+        m, out_size, sum_size, out.stride(0), k // 8, k // 64, *stride_up, float(scale),
+        RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward, NESTED=weight.code2 is not None,
+        HAS_BIAS=bias is not None, CUT=cut.programs > 0,
+        BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
+        num_warps=cut.num_warps, maxnreg=cut.max_registers, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _words(weight: NF4Weight) -> Tensor:
+    return weight.packed.view(-1).view(torch.int32)
 
 
 def fused_forward(

@@ -263,18 +263,30 @@ def test_a_hung_step_is_noticed_and_a_pause_gives_the_device_back(house: House, 
         assert [data["step"] for data in service.metrics(job.id)] == list(range(1, STEPS + 1))
 
 
+def wait_until_measured(folder: Path) -> None:
+    """A worker without a GPU measures it at its start, in a process that then ends."""
+
+    def has_measured() -> bool:
+        with contextlib.closing(sqlite3.connect(folder / "graft.db")) as connection:
+            return connection.execute("select 1 from workers where rates like '%gemm%'").fetchone() is not None
+
+    wait_for("what the worker has measured, so that a first job has an estimate", has_measured, 60, pause=0.5)
+    time.sleep(1)  # for the process that did it
+
+
 def test_an_engine_that_dies_at_every_start_fails_the_job_by_name(tmp_path: Path) -> None:
     with Service(tmp_path, environment={**ENVIRONMENT, "GRAFT_MAX_RECOVERIES": "1"}) as service:
+        wait_until_measured(tmp_path)  # it has all its threads then, whose memory counts in the limit
         (worker,) = service.workers()
         # Room for the worker, not for torch: engines inherit the limit and end in their imports.
-        limit = worker.memory_info().vms + 256 * 2**20
+        limit = worker.memory_info().vms + 128 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
         job = service.wait_for_end(service.create(service.upload(cut(tmp_path / "train.jsonl", 12))).id, 60)
         assert job.status == "failed"
         assert job.error is not None
         assert job.error.code == "worker_lost", service.log
         assert "2 times" in job.error.message
-        assert "the engine ended (exit code 1)" in job.error.message
+        assert "the engine ended (" in job.error.message  # how depends on which allocation fails
         assert service.engines() == []
         assert worker.is_running()
 
@@ -284,12 +296,7 @@ def test_an_idle_service_costs_next_to_nothing(tmp_path: Path) -> None:
         print(f"\nfirst answer of /healthz {service.start_seconds:.2f} s after the start")
         assert service.start_seconds < 10
 
-        def has_measured() -> bool:
-            with contextlib.closing(sqlite3.connect(tmp_path / "graft.db")) as connection:
-                return connection.execute("select 1 from workers where rates like '%gemm%'").fetchone() is not None
-
-        wait_for("what the worker has measured, so that a first job has an estimate", has_measured, 60, pause=0.5)
-        time.sleep(1)  # for the process that did it
+        wait_until_measured(tmp_path)
         processes = service.processes()
         assert len(processes) == 2
         began, before = time.monotonic(), cpu_seconds(processes)

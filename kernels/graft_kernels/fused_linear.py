@@ -34,6 +34,7 @@ import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,9 +61,8 @@ MAX_INLINE_RANK = 64
 # Rank is walked through in chunks of this many where S is multiplied by the up factor: it bounds the shared memory.
 _RANK_CHUNK = 64
 _REDUCE_BLOCK_O = 128
-# The kernel of `fused_hopper.py`: its largest rank; from how many elements of a weight on it serves up to 256 tokens;
-# and how many programs run at a time on the card that it was measured on.
-_HOPPER_RANK = 256
+# The kernel of `fused_hopper.py`: from how many elements of a weight on it serves up to 256 tokens; and how many
+# programs run at a time on the card that it was measured on.
 _LARGE_WEIGHT = {"forward": 20_000_000, "backward": 30_000_000}
 _MULTIPROCESSORS = 132
 
@@ -388,14 +388,13 @@ def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
     )  # fmt: skip
 
 
-def _hopper_takes(in_: Tensor, sum_size: int, rank: int) -> bool:
-    """Whether the kernel of `fused_hopper.py` takes this input [M, R]: it copies tiles that begin at 16 bytes, sums
-    over whole steps of 64, and holds S and its factor in shared memory."""
+def _hopper_takes(in_: Tensor, sum_size: int) -> bool:
+    """Whether the kernel of `fused_hopper.py` takes this input [M, R]: it copies tiles that begin at 16 bytes, and sums
+    over whole steps of 64."""
     return (
         is_hopper(in_.device)
         and in_.dtype in (torch.float16, torch.bfloat16)
         and sum_size % 64 == 0
-        and rank <= _HOPPER_RANK
         and in_.stride(0) % 8 == 0
         and in_.data_ptr() % 16 == 0
     )
@@ -466,15 +465,15 @@ def _fused(
     if m == 0:
         return out
 
-    hopper = _hopper_takes(in_, sum_size, rank)
+    hopper = _hopper_takes(in_, sum_size)
     cut = config
     if cut is None:
         wide = shared_memory(in_.device) >= 200 * 1024
         cut = fused_config(m, n, k, rank, direction, wide=wide, hopper=hopper)
     elif cut.hopper and not hopper:
         raise ValueError(
-            f"the Hopper kernel does not take {in_.dtype} with row stride {in_.stride(0)} on {in_.device}, a sum over "
-            f"{sum_size} and rank {rank}"
+            f"the Hopper kernel does not take {in_.dtype} with row stride {in_.stride(0)} on {in_.device} and a sum "
+            f"over {sum_size}"
         )
     along_k = cut.block_o if backward else cut.block_r
     if along_k % BLOCKSIZE != 0:
@@ -482,24 +481,26 @@ def _fused(
     down_jR, up_Oj = lora_a, lora_b
     if backward and lora_a is not None and lora_b is not None:
         down_jR, up_Oj = lora_b.t(), lora_a.t()
-    if cut.hopper:
-        _launch_hopper(cut, in_, weight, down_jR, up_Oj, scale, bias, out, backward)
-    else:
-        _launch(cut, in_, weight, down_jR, up_Oj, scale, bias, out, backward)
+    product = _Product(in_, weight, down_jR, up_Oj, scale, bias, out, backward)
+    (_launch_hopper if cut.hopper else _launch)(cut, product)
     return out
 
 
-def _launch(
-    cut: FusedConfig,
-    in_: Tensor,
-    weight: NF4Weight,
-    down_jR: Tensor | None,
-    up_Oj: Tensor | None,
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor,
-    backward: bool,
-) -> None:
+class _Product(NamedTuple):
+    """What either direction is to the kernels: O is the side that comes out, R the one that is summed over."""
+
+    in_MR: Tensor
+    weight: NF4Weight
+    down_jR: Tensor | None
+    up_Oj: Tensor | None
+    scale: float
+    bias: Tensor | None
+    out_MO: Tensor
+    backward: bool
+
+
+def _launch(cut: FusedConfig, product: _Product) -> None:
+    in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
     (m, sum_size), out_size, (n, k) = in_.shape, out.shape[1], weight.shape
     steps = cdiv(sum_size, cut.block_r)
     steps_per_split = cdiv(steps, cut.splits)
@@ -544,17 +545,8 @@ def _launch(
         )  # fmt: skip
 
 
-def _launch_hopper(
-    cut: FusedConfig,
-    in_: Tensor,
-    weight: NF4Weight,
-    down_jR: Tensor | None,
-    up_Oj: Tensor | None,
-    scale: float,
-    bias: Tensor | None,
-    out: Tensor,
-    backward: bool,
-) -> None:
+def _launch_hopper(cut: FusedConfig, product: _Product) -> None:
+    in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
     (m, sum_size), out_size, k = in_.shape, out.shape[1], weight.shape[1]
     tiles = cdiv(m, cut.block_m) * cdiv(out_size, cut.block_o)
     programs = min(cut.programs, tiles * cdiv(sum_size, cut.block_r)) or tiles  # none is left without a step

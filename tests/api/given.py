@@ -44,6 +44,18 @@ parameters = 20_000_000_000
 "{ALIAS}" = "tiny"
 """
 
+# The config of Llama-3.1-8B, as far as the planner reads it.
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
 
 def row(number: int = 0) -> dict[str, Any]:
     return {

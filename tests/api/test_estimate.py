@@ -13,17 +13,7 @@ from graft.recipe import Recipe
 
 from . import given
 
-SHAPE = ModelShape.from_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
-)
+SHAPE = ModelShape.from_config(given.LLAMA_8B)
 RECIPE = Recipe(base_model="tiny", batch_size=8)
 AMOUNT = Amount.of([512] * 64, 30_000)
 CARD = Device(name="A card", bytes=80 * GIB, rates={"gemm": 6e14, "copy": 2.5e12, "link": 5e10}, worker="w")

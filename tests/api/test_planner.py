@@ -48,16 +48,8 @@ from graft.planner import (
 )
 from graft.recipe import LoraSettings, Optimizer, Recipe
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
+from .given import LLAMA_8B
+
 SHAPE = ModelShape.from_config(LLAMA_8B)
 ADAPTER = AdapterShape()
 ONE_ROW = Work(step_tokens=2048, longest_document=2048)

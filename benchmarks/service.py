@@ -37,7 +37,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -382,6 +382,10 @@ def cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+class _Undone(Exception):
+    """Ends a transaction that shall leave nothing behind."""
+
+
 def queue(kind: str, places: Places, seconds: float, say: Say) -> None:
     """L10."""
     small, large = places.fill(kind), places.fill(kind)
@@ -390,11 +394,10 @@ def queue(kind: str, places: Places, seconds: float, say: Say) -> None:
 
     def claim(filled: Filled) -> float:
         began = time.perf_counter()
-        with Session(filled.database.engine.execution_options(graft_write=True)) as session:
+        with suppress(_Undone), filled.database.write() as session:
             assert jobs.claim(session, "bench", lease_seconds=60, device_bytes=2**40, warm="graft-tiny") is not None
-            session.flush()
             took = time.perf_counter() - began
-            session.rollback()
+            raise _Undone
         return took
 
     rounds = max(100, int(seconds * 100))
@@ -477,8 +480,13 @@ Sent = list[tuple[str, Any, bool]]
 
 
 def _noting(filled: Filled, act: Callable[[], object]) -> Sent:
-    """What goes to the driver meanwhile: statement, parameters, whether for many; "commit" for a commit."""
+    """What goes to the driver meanwhile: statement, parameters, whether for many; a commit as "commit"."""
     sent: Sent = []
+    engine = filled.database.engine
+
+    def begin(connection: Any) -> None:
+        if engine.dialect.name == "sqlite":  # SQLAlchemy lets the other's driver begin by itself
+            sent.append((connection.engine.dialect.opening, (), False))
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         sent.append((statement, parameters, many))
@@ -486,11 +494,13 @@ def _noting(filled: Filled, act: Callable[[], object]) -> Sent:
     def commit(connection: Any) -> None:
         sent.append(("commit", None, False))
 
-    event.listen(filled.database.engine, "before_cursor_execute", note)
-    event.listen(filled.database.engine, "commit", commit)
+    event.listen(engine, "begin", begin)
+    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "commit", commit)
     act()
-    event.remove(filled.database.engine, "before_cursor_execute", note)
-    event.remove(filled.database.engine, "commit", commit)
+    event.remove(engine, "begin", begin)
+    event.remove(engine, "before_cursor_execute", note)
+    event.remove(engine, "commit", commit)
     return sent
 
 

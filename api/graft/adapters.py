@@ -9,7 +9,7 @@ from typing import cast
 from sqlalchemy import Table, insert, or_, select
 from sqlalchemy.orm import Session
 
-from graft.db import now
+from graft.db import Prepared, now
 from graft.errors import NotFound
 from graft.ids import new_id
 from graft.models import Adapter, AdapterFile
@@ -53,13 +53,13 @@ def create(
         {"adapter_id": adapter_id, "name": name, "sha256": stored.sha256, "bytes": stored.size}
         for name, stored in content.files.items()
     ]
-    session.connection().execute(_ADAPTER, row)
+    _ADAPTER(session, row)
     if parts:
-        session.connection().execute(_FILES, parts)
+        _FILES(session, parts)
 
 
-_ADAPTER = insert(cast(Table, Adapter.__table__)).values(created_at=now())
-_FILES = insert(cast(Table, AdapterFile.__table__))
+_ADAPTER = Prepared(insert(cast(Table, Adapter.__table__)).values(created_at=now()))
+_FILES = Prepared(insert(cast(Table, AdapterFile.__table__)))
 
 
 def get(session: Session, project_id: str, name: str) -> Adapter:

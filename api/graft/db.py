@@ -1,8 +1,8 @@
 """The database: engine, sessions, clock, and bringing the schema up to date.
 
-Two kinds of session. `Database.read()` is for looking; `Database.write()` commits once at its end and rolls back on any
-error. On SQLite a write begins with BEGIN IMMEDIATE, so that two writers queue up at the start instead of one failing
-in the middle.
+Two kinds of session, each with one connection and one transaction. `Database.read()` is for looking; `Database.write()`
+commits once at its end and rolls back on any error. On SQLite a write begins with BEGIN IMMEDIATE, so that two writers
+queue up at the start instead of one failing in the middle.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import logging
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from select import POLLIN, poll
 from typing import Any
@@ -31,7 +32,10 @@ from sqlalchemy import (
     Delete,
     Double,
     Engine,
+    Insert,
     MetaData,
+    PoolProxiedConnection,
+    Select,
     Text,
     Update,
     bindparam,
@@ -42,17 +46,19 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, NoSuchModuleError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
 from graft.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-WRITE = {"graft_write": True}
 BUSY_TIMEOUT_MS = 30_000
 
 
@@ -118,6 +124,70 @@ def changed(session: Session, statement: Update | Delete) -> int:
     return result.rowcount
 
 
+def connection_of(session: Session) -> Connection:
+    """The connection of one of `Database`'s sessions, with its transaction.
+
+    `Session.connection()` would put a transaction of the session's own around it, which costs as much as a statement.
+    """
+    connection = session.get_bind()
+    assert isinstance(connection, Connection)
+    return connection
+
+
+class Prepared:
+    """A statement that is sent all the time: SQLAlchemy writes it once for each database, and not again.
+
+    What SQLAlchemy does besides with each execution takes several times as long as SQLite takes to answer. So rows come
+    as the driver gives them: no column of theirs may be JSON, which SQLite gives as text.
+    """
+
+    def __init__(self, statement: Select[Any] | Insert | Update) -> None:
+        self._statement = statement
+        self._written: dict[tuple[str, ...], _Written] = {}
+
+    def __call__(self, session: Session, values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> CursorResult[Any]:
+        """Send it in the session's transaction with values for its parameters (an INSERT: for its columns), or for each
+        of several sets of them."""
+        connection = connection_of(session)
+        names = tuple(values if isinstance(values, Mapping) else values[0])
+        key = (connection.dialect.name, *names)
+        written = self._written.get(key)
+        if written is None:
+            written = self._written[key] = self._write(connection.dialect, names)
+        if isinstance(values, Mapping):
+            return connection.exec_driver_sql(written.sql, written.fill(values))
+        return connection.exec_driver_sql(written.sql, [written.fill(each) for each in values])
+
+    def _write(self, dialect: Dialect, names: Sequence[str]) -> _Written:
+        compiled = self._statement.compile(dialect=dialect, column_keys=list(names))
+        assert isinstance(compiled, SQLCompiler)
+        constants, converters = {}, {}
+        for parameter, name in compiled.bind_names.items():
+            convert = parameter.type.dialect_impl(dialect).bind_processor(dialect)
+            if not parameter.required:
+                constants[name] = parameter.value if convert is None else convert(parameter.value)
+            elif convert is not None:
+                converters[name] = convert
+        return _Written(str(compiled), constants, converters, compiled.positiontup)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """SQL for one kind of database; `order` names its parameters where they have places instead of names."""
+
+    sql: str
+    constants: Mapping[str, Any]
+    converters: Mapping[str, Callable[[Any], Any]]
+    order: Sequence[str] | None
+
+    def fill(self, values: Mapping[str, Any]) -> Any:
+        """The driver's parameters."""
+        every = {**values, **self.constants}
+        for name, convert in self.converters.items():
+            every[name] = convert(every[name])
+        return every if self.order is None else tuple([every[name] for name in self.order])
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether a disk has no room: ours or SQLite's, or that of PostgreSQL's server."""
     if isinstance(error, DBAPIError):
@@ -131,10 +201,10 @@ def is_full(error: BaseException | None) -> bool:
 def one_at_a_time(session: Session, name: str) -> None:
     """Wait until no other transaction of this name is open. On SQLite every writing transaction is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
-        session.connection().execute(_LOCK, {"name": name})
+        _LOCK(session, {"name": name})
 
 
-_LOCK = select(func.pg_advisory_xact_lock(func.hashtext(bindparam("name", type_=Text()))))
+_LOCK = Prepared(select(func.pg_advisory_xact_lock(func.hashtext(bindparam("name", type_=Text())))))
 
 
 class Database:
@@ -146,20 +216,20 @@ class Database:
             backend = parsed.get_backend_name()
             if backend == "postgresql" and parsed.drivername == "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
-            if backend not in ("sqlite", "postgresql"):
-                raise ConfigurationError(f"GRAFT_DATABASE_URL: '{backend}' is not supported; use sqlite or postgresql.")
+            if backend not in ("sqlite", "postgresql") or parsed.get_driver_name() not in ("pysqlite", "psycopg"):
+                named = parsed.drivername
+                raise ConfigurationError(f"GRAFT_DATABASE_URL: '{named}' is not supported; use sqlite or postgresql.")
             if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
                 raise ConfigurationError(
                     "GRAFT_DATABASE_URL: a database in memory cannot be shared with the workers; name a file."
                 )
             self.url = parsed
             if backend == "sqlite":
-                self.engine = _sqlite_engine(parsed)
+                self.engine, self._writer = _sqlite_engines(parsed)
             else:
-                self.engine = _postgresql_engine(parsed)
+                self.engine = self._writer = _postgresql_engine(parsed)
         except (ArgumentError, NoSuchModuleError) as error:
             raise ConfigurationError(f"GRAFT_DATABASE_URL cannot be used: {error}") from error
-        self._writer = self.engine.execution_options(**WRITE)
 
     @property
     def is_sqlite(self) -> bool:
@@ -168,14 +238,18 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session for looking; nothing is kept of what it changes."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with self.engine.connect() as connection, Session(connection, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits at the end of the block, or rolls back if the block raises."""
-        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+        with self._writer.connect() as connection, Session(connection, expire_on_commit=False) as session:
             yield session
+            session.flush()
+            if session.in_transaction():
+                session.commit()
+            connection.commit()  # for whoever came first, the session or a prepared statement, has begun
 
     def came_back(self, seconds: float) -> bool:
         """Whether the server itself was started within the last `seconds`. An SQLite file is always there."""
@@ -262,7 +336,7 @@ _TIMEOUTS = {
 }
 
 
-def _postgresql_engine(url: Any) -> Engine:
+def _postgresql_engine(url: URL) -> Engine:
     # Fewer than the web has threads: a thread waits for a connection only while others are at work with theirs, since
     # none is held by a request that waits for a thread (`graft.deps.Opening`).
     engine = create_engine(url, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS)
@@ -329,11 +403,17 @@ def _require_local_disk(file: Path) -> None:
         )
 
 
-def _sqlite_engine(url: Any) -> Engine:
+def _sqlite_engines(url: URL) -> tuple[Engine, Engine]:
+    """One for looking and one for writing, with the same connections."""
+    assert url.database is not None
     _require_local_disk(Path(url.database))
     # Cheap, so more than the web has threads.
     engine = create_engine(
-        url, pool_size=10, max_overflow=90, pool_timeout=5, connect_args={"check_same_thread": False}
+        url.set(drivername="sqlite+graft"),
+        pool_size=10,
+        max_overflow=90,
+        pool_timeout=5,
+        connect_args={"check_same_thread": False},
     )
 
     @event.listens_for(engine, "connect")
@@ -353,12 +433,36 @@ def _sqlite_engine(url: Any) -> Engine:
         cursor.execute("pragma foreign_keys = on")
         cursor.close()
 
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        write = connection.get_execution_options().get("graft_write", False)
-        connection.exec_driver_sql("begin immediate" if write else "begin")
+    writer = engine.execution_options()
+    writer.dialect = _WritingSQLite(engine.dialect)
+    return engine, writer
 
-    return engine
+
+class _SQLite(SQLiteDialect_pysqlite):
+    """Begins each transaction with a statement, where the driver would begin late.
+
+    A listener could do that too, but then SQLAlchemy looks for others with every statement, which takes longer than
+    most statements do.
+    """
+
+    supports_statement_cache = True
+    opening = "begin"
+
+    def do_begin(self, dbapi_connection: PoolProxiedConnection) -> None:
+        dbapi_connection.cursor().execute(self.opening)
+
+
+class _WritingSQLite(_SQLite):
+    """Takes the write lock at once. It knows what the other one has learnt of the database."""
+
+    supports_statement_cache = True
+    opening = "begin immediate"
+
+    def __init__(self, reading: Dialect) -> None:
+        self.__dict__ = reading.__dict__
+
+
+registry.register("sqlite.graft", __name__, _SQLite.__name__)
 
 
 def _switch_to_wal(cursor: Any) -> str:

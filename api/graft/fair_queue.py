@@ -25,20 +25,21 @@ from sqlalchemy import (
     Double,
     Row,
     Select,
+    String,
     Subquery,
     Table,
     bindparam,
     case,
     false,
     func,
-    literal,
+    literal_column,
     or_,
     select,
     update,
 )
 from sqlalchemy.orm import Session, aliased
 
-from graft.db import Database, now, one_at_a_time
+from graft.db import Database, Prepared, connection_of, now, one_at_a_time
 from graft.models import Job, JobStatus, Organization, Project
 from graft.workers import alive
 
@@ -50,7 +51,7 @@ LEAST_SECONDS = 60.0
 WARM_SECONDS = 600.0
 
 # The indexes of queued jobs serve a query that spells this value, not one that binds it.
-QUEUED: ColumnElement[str] = literal(JobStatus.QUEUED.value, literal_execute=True)
+QUEUED: ColumnElement[str] = literal_column(f"'{JobStatus.QUEUED}'", String())
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,12 @@ def whose_turn(
         job_id: look at this job only.
         passed: projects that are to be passed over.
     """
-    asked = {"device_bytes": device_bytes, "job_id": job_id, "passed": list(passed)}
-    turn = _turn(device_bytes is not None, job_id is not None, bool(passed))
-    row = session.connection().execute(turn, asked).one_or_none()
+    asked = {"device_bytes": device_bytes, "job_id": job_id}
+    kind = device_bytes is not None, job_id is not None
+    if passed:  # seldom, and a list of any length is written into the statement anew each time
+        row = connection_of(session).execute(_turn(*kind, passes=True), {**asked, "passed": list(passed)}).one_or_none()
+    else:
+        row = _first_turn(*kind)(session, asked).one_or_none()
     return None if row is None else Turn(row.id, row.priority, row.created_at)
 
 
@@ -100,7 +104,7 @@ def _turn(is_sized: bool, is_named: bool, passes: bool) -> Select[Any]:
         .outerjoin(running, running.c.project_id == Project.id)
         .where(or_(Project.max_running_jobs.is_(None), func.coalesce(running.c.jobs, 0) < Project.max_running_jobs))
     )
-    if passes:  # seldom, and a list of any length is written into the statement anew each time
+    if passes:
         candidates = candidates.where(Project.id.not_in(bindparam("passed", expanding=True)))
     found = candidates.subquery()
     return (
@@ -109,6 +113,11 @@ def _turn(is_sized: bool, is_named: bool, passes: bool) -> Select[Any]:
         .order_by(found.c.priority.desc(), found.c.share, found.c.created_at, found.c.id)
         .limit(1)
     )
+
+
+@functools.cache
+def _first_turn(is_sized: bool, is_named: bool) -> Prepared:
+    return Prepared(_turn(is_sized, is_named, passes=False))
 
 
 def take(
@@ -135,7 +144,7 @@ def take(
         }
         is_sized, is_named = device_bytes is not None, job_id is not None
         for is_warm in (False,) if warm is None else (True, False):
-            job = session.connection().execute(_next(is_sized, is_named, is_warm), asked).one_or_none()
+            job = _next(is_sized, is_named, is_warm)(session, asked).one_or_none()
             if job is not None:
                 return job
         passed.add(turn.project_id)  # its callers are just changing all it has
@@ -143,13 +152,13 @@ def take(
 
 
 @functools.cache
-def _next(is_sized: bool, is_named: bool, is_warm: bool) -> Select[Any]:
+def _next(is_sized: bool, is_named: bool, is_warm: bool) -> Prepared:
     """The job that a project's turn falls to; a warm one only if it is hardly younger than the oldest."""
     turn = [Job.project_id == bindparam("project_id"), Job.priority == bindparam("priority")]
     if is_warm:
         turn += [Job.base_model == bindparam("warm"), Job.created_at <= bindparam("soon")]
     name = select(Organization.name).join(Project, Project.organization_id == Organization.id)
-    return (
+    return Prepared(
         select(Job.id, Job.attempt, Job.started_at, name.where(Project.id == Job.project_id).label("organization"))
         .where(*turn, *_due(Job, is_sized, is_named))
         .order_by(Job.created_at, Job.id)
@@ -205,10 +214,10 @@ def _share(running: Subquery) -> ColumnElement[float]:
 
 def charge(session: Session, project_id: str, seconds: float) -> None:
     """Count the GPU-seconds of an attempt that has ended."""
-    session.connection().execute(_CHARGE, {"project_id": project_id, "seconds": seconds})
+    _CHARGE(session, {"project_id": project_id, "seconds": seconds})
 
 
-_CHARGE = (
+_CHARGE = Prepared(
     update(_projects)
     .where(_projects.c.id == bindparam("project_id"))
     .values(usage=_decayed() + bindparam("seconds", type_=Double()), usage_at=now())

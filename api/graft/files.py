@@ -19,7 +19,7 @@ from sqlalchemy import Table, Update, and_, insert, or_, select, update
 from sqlalchemy.orm import Session, defer
 
 from graft import datasets
-from graft.db import Database, changed, now
+from graft.db import Database, Prepared, changed, now
 from graft.errors import Conflict, InvalidRequest, NotFound
 from graft.ids import new_id
 from graft.models import LIVE, File, Job
@@ -290,10 +290,10 @@ def create(
 def add_results(session: Session, project_id: str, file_id: str, stored: Stored, *, filename: str) -> None:
     """The same for what a job has produced, under an id that its row names already."""
     row = {"id": file_id, "project_id": project_id, "filename": filename, "bytes": stored.size, "sha256": stored.sha256}
-    session.connection().execute(_RESULTS, row)
+    _RESULTS(session, row)
 
 
-_RESULTS = insert(cast(Table, File.__table__)).values(purpose=RESULTS, status="processed", created_at=now())
+_RESULTS = Prepared(insert(cast(Table, File.__table__)).values(purpose=RESULTS, status="processed", created_at=now()))
 
 
 def clean_filename(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
+import os
 import string
 
 ALPHABET = string.ascii_letters + string.digits
@@ -11,11 +11,15 @@ ALPHABET = string.ascii_letters + string.digits
 
 def new_id(prefix: str, length: int = 24) -> str:
     """`prefix` followed by `length` random letters and digits (24 of them carry 142 bits)."""
-    number, letters = secrets.randbelow(len(ALPHABET) ** length), []
-    for _ in range(length):
-        number, letter = divmod(number, len(ALPHABET))
-        letters.append(ALPHABET[letter])
-    return prefix + "".join(letters)
+    letters = b""
+    while len(letters) < length:
+        letters += os.urandom(2 * length).translate(_LETTERS, _TOO_MANY)
+    return prefix + letters[:length].decode()
+
+
+# What a random byte stands for. Those beyond the last whole alphabet are left out: some letters would be likelier.
+_LETTERS = bytes(ord(ALPHABET[byte % len(ALPHABET)]) for byte in range(256))
+_TOO_MANY = bytes(range(256 - 256 % len(ALPHABET), 256))
 
 
 def new_api_key() -> str:

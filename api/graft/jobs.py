@@ -26,7 +26,6 @@ from typing import Any, cast
 from sqlalchemy import (
     ColumnElement,
     Double,
-    Executable,
     Integer,
     Row,
     Table,
@@ -44,7 +43,7 @@ from sqlalchemy.orm import Session
 
 from graft import adapters, fair_queue, files, tenancy
 from graft.adapters import AdapterContent
-from graft.db import changed, has_entry, now
+from graft.db import Prepared, changed, connection_of, has_entry, now
 from graft.errors import Conflict, IdempotencyMismatch, InvalidRequest, NotAuthenticated, NotFound
 from graft.ids import new_id
 from graft.models import (
@@ -206,7 +205,7 @@ def version(session: Session, authorization: str | None, job_id: str) -> tuple[C
         NotFound: no such job.
     """
     asked = {"key_hash": tenancy.hash_of(authorization), "job_id": job_id}
-    row = session.connection().execute(_VERSION, asked).one_or_none()
+    row = _VERSION(session, asked).one_or_none()
     if row is None:
         raise NotAuthenticated
     if row.rev is None:
@@ -215,8 +214,10 @@ def version(session: Session, authorization: str | None, job_id: str) -> tuple[C
 
 
 _table = cast(Table, Job.__table__)
-_VERSION = tenancy.CALLER.add_columns(_table.c.rev, _table.c.status).outerjoin(
-    _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
+_VERSION = Prepared(
+    tenancy.CALLER.add_columns(_table.c.rev, _table.c.status).outerjoin(
+        _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
+    )
 )
 
 
@@ -486,7 +487,7 @@ def claim(
         return None
     first = job.started_at is None
     asked = {"job_id": job.id, "fence": job.attempt, "owner": worker, "lease": lease_seconds}
-    taken = _one(session, _CLAIM, asked)
+    taken = connection_of(session).execute(_CLAIM, asked).one_or_none()
     if taken is None:
         return None
     told = "Fine-tuning job started" if first else f"Fine-tuning job taken up again (attempt {taken.attempt})"
@@ -719,9 +720,9 @@ def _used() -> ColumnElement[float]:
 # learn what they change: whoever has loaded the job reads it again.
 
 
-def _one(session: Session, statement: Executable, asked: Mapping[str, Any]) -> Row[Any] | None:
+def _one(session: Session, statement: Prepared, asked: Mapping[str, Any]) -> Row[Any] | None:
     """The row that a prepared statement returns, in the session's transaction."""
-    return session.connection().execute(statement, asked).one_or_none()
+    return statement(session, asked).one_or_none()
 
 
 def _new(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -737,6 +738,7 @@ _JOB = _table.c.id == bindparam("job_id")
 _HELD = and_(_JOB, _table.c.status == JobStatus.RUNNING, _table.c.attempt == bindparam("fence"))
 _UNTIL = now() + bindparam("lease", type_=Double())
 
+# Not `Prepared`, for it returns JSON.
 _CLAIM = (
     update(_table)
     .where(_JOB, _table.c.status == JobStatus.QUEUED, _table.c.attempt == bindparam("fence"))
@@ -760,7 +762,7 @@ _CLAIM = (
 
 
 @functools.cache
-def _beaten(names: frozenset[str]) -> Executable:
+def _beaten(names: frozenset[str]) -> Prepared:
     """A sign of life, with new values of these columns."""
     values: dict[str, Any] = _columns(names - {"seconds_left"})
     if names:
@@ -770,11 +772,11 @@ def _beaten(names: frozenset[str]) -> Executable:
     if "seconds_left" in names:
         values["estimated_finish"] = now() + bindparam("new_seconds_left", type_=Double())
     values |= {"lease_until": _UNTIL, "last_event": _table.c.last_event + bindparam("told", type_=Integer())}
-    return update(_table).where(_HELD).values(values).returning(_table.c.desired, _table.c.last_event)
+    return Prepared(update(_table).where(_HELD).values(values).returning(_table.c.desired, _table.c.last_event))
 
 
 @functools.cache
-def _left(waits: bool, names: frozenset[str]) -> Executable:
+def _left(waits: bool, names: frozenset[str]) -> Prepared:
     """The end of an attempt: to where it waits, or for good; with new values of these columns."""
     values: dict[str, Any] = _columns(names - {"pause"})
     if "pause" in names:
@@ -792,20 +794,20 @@ def _left(waits: bool, names: frozenset[str]) -> Executable:
         values["finished_at"] = now()
     seconds = (_table.c.held_until - _table.c.held_since).label("seconds")
     answer = _table.c.status, _table.c.project_id, _table.c.last_event, seconds
-    return update(_table).where(_HELD).values(values).returning(*answer)
+    return Prepared(update(_table).where(_HELD).values(values).returning(*answer))
 
 
-_TOLD = (
+_TOLD = Prepared(
     update(_table)
     .where(_JOB)
     .values(last_event=_table.c.last_event + bindparam("told", type_=Integer()))
     .returning(_table.c.last_event)
 )
 # All in one statement, although the clock is the database's.
-_EVENTS = insert(cast(Table, JobEvent.__table__)).values(created_at=now())
+_EVENTS = Prepared(insert(cast(Table, JobEvent.__table__)).values(created_at=now()))
 
 _states = cast(Table, Checkpoint.__table__)
-_GIVEN_UP = (
+_GIVEN_UP = Prepared(
     update(_states)
     .where(_states.c.job_id == bindparam("of_job"), _states.c.state_sha256.is_not(None))
     .values(state_sha256=None)
@@ -899,7 +901,7 @@ def _end(session: Session, job: Job, code: str, message: str) -> bool:
 
 def _give_up_states(session: Session, job_id: str) -> None:
     """Of a job that has ended: nothing will be resumed any more."""
-    session.connection().execute(_GIVEN_UP, {"of_job": job_id})
+    _GIVEN_UP(session, {"of_job": job_id})
 
 
 def _give_up_old_states(session: Session, job_id: str, keep: int) -> None:
@@ -923,7 +925,7 @@ def _tell(session: Session, job_id: str, events: Sequence[Event]) -> None:
     """Write events with the next numbers. The counter lies on the job's row: two writers cannot take the same one."""
     if not events:
         return
-    last = session.connection().execute(_TOLD, {"job_id": job_id, "told": len(events)}).scalar_one()
+    last = _TOLD(session, {"job_id": job_id, "told": len(events)}).scalar_one()
     _write_events(session, job_id, last - len(events) + 1, events)
 
 
@@ -941,7 +943,7 @@ def _write_events(session: Session, job_id: str, first: int, events: Sequence[Ev
         for seq, event in enumerate(events, start=first)
     ]
     if rows:
-        session.connection().execute(_EVENTS, rows)
+        _EVENTS(session, rows)
     for event in events:
         if event.type == "message":
             log.log(_LEVELS[event.level], "%s", event.message, extra={"job": job_id})

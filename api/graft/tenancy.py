@@ -9,7 +9,7 @@ from typing import cast
 from sqlalchemy import Table, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
-from graft.db import changed, now, one_at_a_time
+from graft.db import Prepared, changed, now, one_at_a_time
 from graft.errors import InvalidRequest, NotAuthenticated
 from graft.ids import hash_key, key_prefix, new_api_key, new_id
 from graft.models import ApiKey, Organization, Project
@@ -90,10 +90,10 @@ def authenticate(session: Session, authorization: str | None) -> Caller:
     Raises:
         NotAuthenticated: for every kind of wrong key alike.
     """
-    row = session.connection().execute(CALLER, {"key_hash": hash_of(authorization)}).one_or_none()
+    row = _CALLER(session, {"key_hash": hash_of(authorization)}).one_or_none()
     if row is None:
         raise NotAuthenticated
-    return Caller(*row)
+    return Caller(row.id, row.organization_id)
 
 
 def hash_of(authorization: str | None) -> str:
@@ -115,3 +115,4 @@ CALLER = (
         or_(_keys.expires_at.is_(None), _keys.expires_at > now()),
     )
 )
+_CALLER = Prepared(CALLER)

@@ -104,6 +104,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
         ({"GRAFT_LOG_LEVEL": "LOUD"}, "GRAFT_LOG_LEVEL: 'LOUD' is not a level"),
         ({"GRAFT_MODELS": "/nothing.toml"}, "/nothing.toml cannot be read"),
         ({"GRAFT_DATABASE_URL": "mysql://x/y"}, "'mysql' is not supported"),
+        ({"GRAFT_DATABASE_URL": "sqlite+aiosqlite:///x.db"}, "'sqlite+aiosqlite' is not supported"),
         ({"GRAFT_DATABASE_URL": "sqlite:////no/such/folder/x.db"}, "cannot be opened"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, dict) else "",

@@ -67,7 +67,8 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         },
     )
     app.state.service = Service(settings, database, storage, catalogue, housekeeping)
-    for module in (files, jobs, preview, models, adapters, workers, health):
+    # Jobs first: routes are tried one after the other, and a job's poll is asked for most.
+    for module in (jobs, files, preview, models, adapters, workers, health):
         app.include_router(module.router)
     _answer_errors(app)
     app.add_middleware(Edge, max_upload=settings.max_upload_bytes)

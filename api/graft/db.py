@@ -60,6 +60,8 @@ from graft.errors import ConfigurationError
 log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_MS = 30_000
+# What an engine keeps open. One more is opened for whoever needs it, and closed after.
+KEPT_CONNECTIONS = 10
 
 
 class Base(DeclarativeBase):
@@ -339,7 +341,7 @@ _TIMEOUTS = {
 def _postgresql_engine(url: URL) -> Engine:
     # Fewer than the web has threads: a thread waits for a connection only while others are at work with theirs, since
     # none is held by a request that waits for a thread (`graft.deps.Opening`).
-    engine = create_engine(url, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS)
+    engine = create_engine(url, pool_size=KEPT_CONNECTIONS, max_overflow=20, pool_timeout=5, connect_args=_TIMEOUTS)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: Any) -> None:
@@ -410,7 +412,7 @@ def _sqlite_engines(url: URL) -> tuple[Engine, Engine]:
     # Cheap, so more than the web has threads.
     engine = create_engine(
         url.set(drivername="sqlite+graft"),
-        pool_size=10,
+        pool_size=KEPT_CONNECTIONS,
         max_overflow=90,
         pool_timeout=5,
         connect_args={"check_same_thread": False},

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 from sqlalchemy import (
     ColumnElement,
+    CursorResult,
     Double,
     Integer,
     Row,
@@ -35,6 +36,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    inspect,
     or_,
     select,
     update,
@@ -196,28 +198,47 @@ def _not_found(job_id: str) -> NotFound:
     return NotFound(f"No such fine-tuning job: '{job_id[:64]}'.", code="job_not_found", param="id")
 
 
-def version(session: Session, authorization: str | None, job_id: str) -> tuple[Caller, int, str]:
-    """The caller behind an Authorization header, and revision and status of a job: what a poll that finds nothing new
-    needs, in one statement.
+def version(session: Session, authorization: str | None, job_id: str) -> tuple[int, str]:
+    """Revision and status of a job of the caller behind an Authorization header: all that a poll needs which finds
+    nothing new.
 
     Raises:
         NotAuthenticated: as `tenancy.authenticate`.
-        NotFound: no such job.
+        NotFound: the caller's project has no such job.
     """
-    asked = {"key_hash": tenancy.hash_of(authorization), "job_id": job_id}
-    row = _VERSION(session, asked).one_or_none()
+    asked = tenancy.asked(authorization) | {"job_id": job_id}
+    row = _of_caller(_VERSION(session, asked), job_id)
+    return row.rev, row.status
+
+
+def shown(session: Session, authorization: str | None, job_id: str) -> Row[Any]:
+    """One job of the caller behind an Authorization header: what `Job` has, and the `organization_id`.
+
+    Raises:
+        NotAuthenticated: as `tenancy.authenticate`.
+        NotFound: the caller's project has no such job.
+    """
+    asked = tenancy.asked(authorization) | {"job_id": job_id}
+    return _of_caller(connection_of(session).execute(_SHOWN, asked), job_id)
+
+
+def _of_caller(found: CursorResult[Any], job_id: str) -> Row[Any]:
+    row = found.one_or_none()
     if row is None:
         raise NotAuthenticated
     if row.rev is None:
         raise _not_found(job_id)
-    return Caller(row.id, row.organization_id), row.rev, row.status
+    return row
 
 
 _table = cast(Table, Job.__table__)
-_VERSION = Prepared(
-    tenancy.CALLER.add_columns(_table.c.rev, _table.c.status).outerjoin(
-        _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
-    )
+_CALLERS = tenancy.CALLER.outerjoin(
+    _table, and_(_table.c.id == bindparam("job_id"), _table.c.project_id == cast(Table, Project.__table__).c.id)
+)
+_VERSION = Prepared(_CALLERS.with_only_columns(_table.c.rev, _table.c.status))
+_SHOWN = _CALLERS.with_only_columns(
+    cast(Table, Project.__table__).c.organization_id,
+    *(attribute.columns[0].label(attribute.key) for attribute in inspect(Job).column_attrs),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import Table, bindparam, or_, select, update
 from sqlalchemy.orm import Session
@@ -90,18 +90,18 @@ def authenticate(session: Session, authorization: str | None) -> Caller:
     Raises:
         NotAuthenticated: for every kind of wrong key alike.
     """
-    row = _CALLER(session, {"key_hash": hash_of(authorization)}).one_or_none()
+    row = _CALLER(session, asked(authorization)).one_or_none()
     if row is None:
         raise NotAuthenticated
     return Caller(row.id, row.organization_id)
 
 
-def hash_of(authorization: str | None) -> str:
-    """The hash of the key in an Authorization header. Raises NotAuthenticated if there is none."""
+def asked(authorization: str | None) -> dict[str, Any]:
+    """What `CALLER` is asked with for an Authorization header. Raises NotAuthenticated if there is no key in it."""
     scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not key or len(key) > 512 or not key.isascii():
         raise NotAuthenticated
-    return hash_key(key.strip())
+    return {"key_hash": hash_key(key.strip())}
 
 
 # Asked with every request, so it is made once, and of the tables: the mapping of classes would take most of its time.

@@ -122,7 +122,7 @@ def test_an_etag_opens_no_other_projects_job(service: Service) -> None:
 
 
 @pytest.mark.parametrize("state", ["validating", "queued", "running", "succeeded"])
-def test_a_poll_is_two_statements(service_on_both: Service, state: str) -> None:
+def test_a_poll_is_one_statement(service_on_both: Service, state: str) -> None:
     service = service_on_both
     database, http = service.database, service.http()
     job_id = given.new_job(database) if state == "validating" else given.queued_job(database)
@@ -133,10 +133,10 @@ def test_a_poll_is_two_statements(service_on_both: Service, state: str) -> None:
     service.turn()
     with statements(database) as sent:
         answer = http.get(f"{JOBS}/{job_id}")
-        assert len(sent) <= 2, sent
+        assert len(sent) == 1, sent
         sent.clear()
         assert http.get(f"{JOBS}/{job_id}", headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
-        assert len(sent) <= 2, sent
+        assert len(sent) == 1, sent
 
 
 def test_creating_a_job_is_eight_statements(service_on_both: Service) -> None:

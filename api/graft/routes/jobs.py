@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Row
 from sqlalchemy.exc import IntegrityError
 from starlette.responses import Response
 
-from graft import jobs, resolve, tenancy
+from graft import jobs, resolve
+from graft.db import KEPT_CONNECTIONS
 from graft.deps import CallerDep, ReadDep, Service, ServiceDep, StrictRoute, WriteDep, json_answer
 from graft.errors import InvalidRequest
-from graft.fair_queue import Forecast, Place
+from graft.fair_queue import Forecast
 from graft.models import Checkpoint, Desired, Job, JobEvent, JobStatus
 from graft.schemas import (
     CheckpointMetrics,
@@ -37,7 +41,7 @@ MAX_FILTERS = 16  # as many as a job can have entries
 EventLimit = Annotated[int, Query(ge=1, le=1000)]
 
 
-def wire(job: Job, organization_id: str, forecast: Forecast) -> JobObject:
+def wire(job: Job | Row[Any], organization_id: str, forecast: Forecast) -> JobObject:
     """A row as OpenAI shows it, with Graft's fields beside."""
     place = forecast.of(job.id, job.status)
     recipe = job.recipe
@@ -117,6 +121,64 @@ def wire_checkpoint(row: Checkpoint) -> CheckpointObject:
     )
 
 
+def retrieve_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep) -> Response:
+    """One job. With the ETag of an earlier answer in If-None-Match: 304 as long as there is nothing new."""
+    headers = request.headers
+    return _poll(service, headers.get("authorization"), job_id, headers.get("if-none-match"))
+
+
+def _poll(service: Service, authorization: str | None, job_id: str, seen: str | None) -> Response:
+    """One statement, or two if something is new to one who has seen the job before."""
+    with service.database.read() as session:
+        if seen is not None:
+            tag = _tag(service, job_id, *jobs.version(session, authorization, job_id))
+            if seen.removeprefix("W/") == tag:
+                return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "private, no-cache"})
+        job = jobs.shown(session, authorization, job_id)
+    headers = {"ETag": _tag(service, job_id, job.rev, job.status), "Cache-Control": "private, no-cache"}
+    return json_answer(wire(job, job.organization_id, service.forecast), headers)
+
+
+def _tag(service: Service, job_id: str, rev: int, status: str) -> str:
+    """What a job's answer is made of. The place in the queue is not of the row."""
+    place = service.forecast.of(job_id, status)
+    return f'"{rev}"' if place is None else f'"{rev}-{place.position}-{int(place.predicted_start or 0)}"'
+
+
+class PollRoute(StrictRoute):
+    """The route that is asked most, without the resolving of dependencies, which takes as long as all the rest.
+
+    Its threads are its own. The way to them and back is half as long as to those that the framework lends, and as many
+    polls as there are kept connections take all that a process has of a core; more would open and close some each time.
+    """
+
+    def get_route_handler(self) -> Any:
+        careful = super().get_route_handler()
+
+        async def poll(request: Request) -> Response:
+            if request.scope["query_string"]:
+                found: Response = await careful(request)
+                return found
+            service, headers = request.app.state.service, request.headers
+            asked = headers.get("authorization"), request.path_params["job_id"], headers.get("if-none-match")
+            return await asyncio.get_running_loop().run_in_executor(_THREADS, _poll, service, *asked)
+
+        return poll
+
+
+_THREADS = ThreadPoolExecutor(KEPT_CONNECTIONS, thread_name_prefix="poll")
+
+# Before all others, since routes are tried one after the other.
+router.add_api_route(
+    "/{job_id}",
+    retrieve_job,
+    response_model=JobObject,
+    responses={304: {"description": "There is nothing new since that ETag."}},
+    methods=["GET"],
+    route_class_override=PollRoute,
+)
+
+
 @router.post("")
 async def create_job(body: JobCreate, request: Request, caller: CallerDep, service: ServiceDep) -> JobObject:
     """Create a fine-tuning job. Sent again with the same Idempotency-Key, it answers with the job made before."""
@@ -183,60 +245,6 @@ def list_jobs(
         session, caller.project_id, after=after, limit=limit, labels=labels, unlabelled=metadata == "null"
     )
     return Page.of([wire(row, caller.organization_id, service.forecast) for row in rows], more)
-
-
-def retrieve_job(job_id: str, request: Request, caller: CallerDep, service: ServiceDep) -> Response:
-    """One job. With the ETag of an earlier answer in If-None-Match: 304 as long as there is nothing new."""
-    headers = request.headers
-    return _poll(service, headers.get("authorization"), job_id, headers.get("if-none-match"))
-
-
-def _poll(service: Service, authorization: str | None, job_id: str, seen: str | None) -> Response:
-    """Two statements, or one that finds nothing new."""
-    with service.database.read() as session:
-        if seen is None:
-            caller = tenancy.authenticate(session, authorization)
-        else:
-            caller, rev, status = jobs.version(session, authorization, job_id)
-            tag = _tag(rev, service.forecast.of(job_id, status))
-            if seen.removeprefix("W/") == tag:
-                return Response(status_code=304, headers={"ETag": tag, "Cache-Control": "private, no-cache"})
-        job = jobs.get(session, caller.project_id, job_id)
-    tag = _tag(job.rev, service.forecast.of(job_id, job.status))
-    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
-    return json_answer(wire(job, caller.organization_id, service.forecast), headers)
-
-
-def _tag(rev: int, place: Place | None) -> str:
-    """What a job's answer is made of. The place in the queue is not of the row."""
-    return f'"{rev}"' if place is None else f'"{rev}-{place.position}-{int(place.predicted_start or 0)}"'
-
-
-class PollRoute(StrictRoute):
-    """The route that is asked most, without the resolving of dependencies, which takes as long as all the rest."""
-
-    def get_route_handler(self) -> Any:
-        careful = super().get_route_handler()
-
-        async def poll(request: Request) -> Response:
-            if request.scope["query_string"]:
-                found: Response = await careful(request)
-                return found
-            service, headers = request.app.state.service, request.headers
-            asked = headers.get("authorization"), request.path_params["job_id"], headers.get("if-none-match")
-            return await run_in_threadpool(_poll, service, *asked)
-
-        return poll
-
-
-router.add_api_route(
-    "/{job_id}",
-    retrieve_job,
-    response_model=JobObject,
-    responses={304: {"description": "There is nothing new since that ETag."}},
-    methods=["GET"],
-    route_class_override=PollRoute,
-)
 
 
 @router.post("/{job_id}/cancel")

@@ -89,6 +89,7 @@ def work_of(
         longest_document=amount.longest,
         document_tokens=amount.squares / amount.tokens,
         packed=recipe.packing,
+        deterministic=recipe.deterministic,
         trained_share=min(1.0, max(amount.trained_tokens / amount.tokens, 1e-3)),
         micro_batch_tokens=micro_batch_tokens,
         head_chunk_rows=head_chunk_rows,

@@ -315,6 +315,7 @@ class Work:
         longest_document: tokens; a micro-batch is never smaller.
         document_tokens: Σ len² / Σ len over the documents, the length that attention's cost goes by. None: the longest.
         packed: documents of any length one after another, instead of rows as long as the longest.
+        deterministic: attention's backward sums in a fixed order, which for rows takes the kernels of packed documents.
         trained_share: the share of the tokens that the loss is taken of; the head computes only those.
         micro_batch_tokens, head_chunk_rows: as they were decided when the job first started; None: to be decided.
     """
@@ -323,6 +324,7 @@ class Work:
     longest_document: int
     document_tokens: float | None = None
     packed: bool = False
+    deterministic: bool = False
     trained_share: float = 1.0
     micro_batch_tokens: int | None = None
     head_chunk_rows: int | None = None
@@ -341,6 +343,11 @@ class Work:
     def attended(self) -> float:
         """Σ len² / Σ len."""
         return float(self.longest_document if self.document_tokens is None else self.document_tokens)
+
+    @property
+    def by_flash(self) -> bool:
+        """Whether FlashAttention computes attention, not cuDNN."""
+        return self.packed or self.deterministic
 
     @property
     def unit(self) -> int:
@@ -727,7 +734,7 @@ def replays(adapter: AdapterShape, tokens: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def layer_moments(
-    shape: ModelShape, adapter: AdapterShape, packed: bool, tokens: int, rebuilds: bool
+    shape: ModelShape, adapter: AdapterShape, by_flash: bool, tokens: int, rebuilds: bool
 ) -> tuple[Moment, ...]:
     """The moments of one layer, forward and backward, that can be the largest; `rebuilds`: it recomputes something.
 
@@ -744,8 +751,8 @@ def layer_moments(
     dropped_h = 2 * T * shape.intermediate if adapter.dropout else 0  # the dropped input is made again for dA
     dropped_y = 2 * stream if adapter.dropout else 0
     post = stream if shape.post_norms else 0  # beyond the norm after the block
-    # dq in fp32; packed rows have dk, dv for every query head before they are summed over the groups
-    workspace = 4 * T * Q + (4 * T * Q if packed and shape.heads != shape.kv_heads else 0)
+    # dq in fp32; FlashAttention has dk, dv for every query head before they are summed over the groups
+    workspace = 4 * T * Q + (4 * T * Q if by_flash and shape.heads != shape.kv_heads else 0)
 
     attended = frozenset({"x", "qkv", "attention"})
     mlp = frozenset(tensor_bytes(shape, adapter)) - {"mlp_out"}
@@ -904,7 +911,7 @@ class Times:
 
     def attention(self, rate_dense: AttentionRate, rate_packed: AttentionRate, factor: float) -> float:
         """Causal attention of one layer, the mean over the layers: `factor`·T·len·Hq·D FLOP, less under a window."""
-        rate = rate_packed if self.work.packed else rate_dense
+        rate = rate_packed if self.work.by_flash else rate_dense
         length, window = self.work.attended, self.shape.window
         seconds = factor * self.tokens * self.shape.q_width * length / rate.at(length)
         if window == 0 or length <= window:
@@ -1205,7 +1212,7 @@ class _Search:
         """
         job, sizes, L = self.job, self._sizes, self.job.shape.layers
         moments = {
-            rebuilds: layer_moments(job.shape, job.adapter, job.work.packed, self.tokens, rebuilds)
+            rebuilds: layer_moments(job.shape, job.adapter, job.work.by_flash, self.tokens, rebuilds)
             for rebuilds in (False, True)
         }
         last_norm, loss = head_moments(job.shape, job.work, self.tokens, 1, "device", 0)
@@ -1383,7 +1390,7 @@ def predict(
         layers,
         sizes,
         T * always_kept_bytes(shape, adapter),
-        {rebuilds: layer_moments(shape, adapter, work.packed, T, rebuilds) for rebuilds in (False, True)},
+        {rebuilds: layer_moments(shape, adapter, work.by_flash, T, rebuilds) for rebuilds in (False, True)},
         head_moments(shape, work, T, head_chunk_rows, head, idle_bytes(shape, adapter) if resident_layers < L else 0),
     )
     peak = {

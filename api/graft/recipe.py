@@ -52,8 +52,10 @@ class Recipe:
     `batch_size` counts conversations per step. Each step is cut into micro-batches of at most `micro_batch_tokens`
     tokens (fewer where memory is short: the plan of the job's first start says, and its checkpoints remember), and the
     loss is normalised by the trained tokens of the whole step. With `packing` conversations stand one after another,
-    none seeing another; without, each is filled to the length of the longest beside it. The three shares `max_...` say
-    how many of the rows may teach nothing, end without a token that ends the turn, or lose something to the template.
+    none seeing another; without, each is filled to the length of the longest beside it. `deterministic` sums in a fixed
+    order on a GPU too, so that a run that was interrupted ends in the bytes of one that was not. The three shares
+    `max_...` say how many of the rows may teach nothing, end without a token that ends the turn, or lose something to
+    the template.
     """
 
     base_model: str
@@ -62,6 +64,7 @@ class Recipe:
     batch_size: int = 16
     micro_batch_tokens: int = 16_384
     packing: bool = True
+    deterministic: bool = True
     max_seq_length: int = 2048
     truncation: Truncation = "truncate_right"
     learning_rate: float = 2e-4

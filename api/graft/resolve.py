@@ -165,6 +165,8 @@ def recipe(
         n_epochs=n_epochs,
         batch_size=batch_size,
         packing=body.packing is not False,
+        # Rows take cuDNN's attention, which has no such order; the one that has takes longer than it is worth to all.
+        deterministic=body.packing is not False if body.deterministic == "auto" else body.deterministic,
         max_seq_length=max_seq_length,
         truncation=body.truncation,
         learning_rate=base_rate * multiplier if body.learning_rate is None else body.learning_rate,

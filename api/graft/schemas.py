@@ -116,6 +116,7 @@ class JobCreate(Request):
     truncation: Truncation = "truncate_right"
     supervision: SupervisionRequest | None = None
     packing: Auto | bool = "auto"
+    deterministic: Auto | bool = "auto"
     train_on_inputs: Auto | bool = "auto"
     gradient_checkpointing: bool = True
     validation_split: Auto | Annotated[float, Field(ge=0.0, le=0.5)] = "auto"

@@ -133,6 +133,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"training_file": 7}, "invalid_type", "training_file", "string"),
     ({"lora": 16}, "invalid_type", "lora", "lora"),
     ({"packing": "yes"}, "invalid_type", "packing", "boolean, or 'auto'"),
+    ({"deterministic": 1}, "invalid_type", "deterministic", "boolean, or 'auto'"),
     ({"gradient_checkpointing": 1}, "invalid_type", "gradient_checkpointing", "boolean"),
     ({"metadata": {"int": 5}}, "invalid_type", "metadata.int", "string"),
     ({"metadata": []}, "invalid_type", "metadata", "metadata"),

@@ -264,6 +264,23 @@ def test_short_documents_make_attention_cheap_and_worth_little_memory() -> None:
     assert short.rebuild["gate_up"] == long.rebuild["gate_up"]
 
 
+def test_rows_whose_sums_have_an_order_take_the_attention_of_packed_documents() -> None:
+    plain, ordered, packed = (
+        Times(SHAPE, ADAPTER, "nf4", replace(EIGHT_ROWS, **changed), H100, 8192)
+        for changed in ({}, {"deterministic": True}, {"packed": True})
+    )
+    assert plain.attention_backward < ordered.attention_backward == packed.attention_backward
+    assert plain.attention_forward < ordered.attention_forward == packed.attention_forward
+    of_cudnn, of_flash = (
+        max(
+            moment.parts.get("attention_workspace", 0)
+            for moment in layer_moments(SHAPE, ADAPTER, by_flash, 8192, False)
+        )
+        for by_flash in (False, True)
+    )
+    assert of_cudnn < of_flash
+
+
 def test_a_sliding_window_saves_attention_beyond_it_only() -> None:
     windowed = replace(SHAPE, windowed_layers=32, window=1024)
     full, cut = uniform(KEEP, 2048), uniform(KEEP, 2048, shape=windowed)

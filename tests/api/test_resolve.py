@@ -74,6 +74,12 @@ def test_rows_are_packed_unless_refused(bases: Any) -> None:
     assert not recipe(bases, 50, packing=False).packing
 
 
+def test_sums_have_a_fixed_order_where_rows_are_packed_and_where_it_is_asked_for(bases: Any) -> None:
+    for asked, packed, rows in (("auto", True, False), (True, True, True), (False, False, False)):
+        assert recipe(bases, 50, deterministic=asked).deterministic is packed
+        assert recipe(bases, 50, packing=False, deterministic=asked).deterministic is rows
+
+
 def test_what_the_caller_names_is_taken(bases: Any) -> None:
     found = recipe(
         bases,

@@ -292,7 +292,7 @@ class Decoder:
     Args:
         model: a causal language model of transformers whose linears are `LoraLinear`.
         max_positions: tokens that the longest row has, padding included.
-        deterministic: the attention's backward sums dq in a fixed order; see `graft_kernels.attention`.
+        deterministic: attention's backward sums dq in a fixed order; see `graft_kernels.attention`.
 
     Raises:
         UnsupportedModel: the model has something that is not computed here.

@@ -51,6 +51,7 @@ def work_of(
         longest_document=longest,
         document_tokens=sum(length * length for length in lengths) / tokens,
         packed=recipe.packing,
+        deterministic=recipe.deterministic,
         trained_share=max(trained / tokens, 1e-3),
         micro_batch_tokens=None if batching is None else batching.token_budget,
         head_chunk_rows=head_chunk_rows,

@@ -259,7 +259,8 @@ def train(
         if reason:
             yield Log(
                 level="warn",
-                message=f"This model is trained through transformers, slower and with padded rows: {reason}.",
+                message=f"This model is trained through transformers, slower and with padded rows: {reason}."
+                + (" Its sums have no fixed order on a GPU." if recipe.deterministic and device.type == "cuda" else ""),
             )
         if spec.first_plan is not None and spec.resume_from is None:
             # What the first start decided before it was lost: so that this one computes the same.
@@ -642,7 +643,7 @@ def _network(
 ) -> tuple[Network, str | None]:
     """Our decoder; or transformers' model, and why."""
     try:
-        decoder = Decoder(base.model, max_positions=longest)
+        decoder = Decoder(base.model, max_positions=longest, deterministic=recipe.deterministic)
     except UnsupportedModel as unsupported:
         return TransformersNetwork(base.model, parameters, recompute=recipe.gradient_checkpointing), str(unsupported)
     decoder.attach_gradients()

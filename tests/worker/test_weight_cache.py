@@ -377,32 +377,33 @@ def test_a_load_that_fails_leaves_nothing(copy_of_base: Path, cache: WeightCache
     assert entries(cache) == []
 
 
-def test_of_two_processes_that_race_one_writes_and_both_have_its_bytes(
-    base_folder: Path, cache: WeightCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    results = context.Queue()
+def _race(number: int, folder: Path, cache: Path, barrier: Any, results: Any) -> None:
+    """One of two that load at once, each with weights of its own: what it has, whether it made it or read it."""
     fill, quantize = base_model._fill, base_model._quantize
 
-    def race(number: int) -> None:
-        def fill_together(*arguments: Any) -> None:
-            barrier.wait(60)
-            fill(*arguments)
+    def fill_together(*arguments: Any) -> None:
+        barrier.wait(120)
+        fill(*arguments)
 
-        def quantize_differently(tensor: Tensor) -> NF4Weight:
-            weight = quantize(tensor)
-            assert weight.offset is not None
-            weight.offset.add_(number)
-            return weight
+    def quantize_differently(tensor: Tensor) -> NF4Weight:
+        weight = quantize(tensor)
+        assert weight.offset is not None
+        weight.offset.add_(number)
+        return weight
 
-        base_model._fill = fill_together
-        base_model._quantize = quantize_differently
-        bitsandbytes.functional.name2qmap.clear()  # tests before may have left it on a card, which is none of a fork's
-        base, told = load(base_folder, cache)
-        results.put((digest_of(base), was_quantised(told), was_read(told)))
+    base_model._fill = fill_together
+    base_model._quantize = quantize_differently
+    base, told = load(folder, WeightCache(cache, GIB))
+    results.put((digest_of(base), was_quantised(told), was_read(told)))
 
-    processes = [context.Process(target=race, args=(number,)) for number in range(2)]
+
+def test_of_two_processes_that_race_one_writes_and_both_have_its_bytes(base_folder: Path, cache: WeightCache) -> None:
+    # Not forked: a process that has used a card has threads and contexts that its copy would only seem to have.
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_race, args=(number, base_folder, cache.folder, barrier, results)) for number in range(2)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=240) for _ in processes]

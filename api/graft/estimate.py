@@ -26,8 +26,15 @@ PARAMETERS_A_SECOND, CPU_PARAMETERS_A_SECOND = 0.55e9, 20e6
 # And to store the last checkpoint: bytes a second, hashed and written (into SQLite, on two disks, 50e6 and 100e6), and
 # what is none of them. The others are those of a CPU; of a GPU only the loading has been measured (14.6 s for an 8B).
 STORED_BYTES_A_SECOND, STORING_SECONDS = 80e6, 0.5
-# An evaluation is a forward without anything kept: about so much of a step's time a token.
+# The kernels of a GPU are built in the first job of a machine, and lie on its disk from then on: so long on a host with
+# 16 processors.
+BUILD_SECONDS = 22.0
+# An evaluation is a forward without anything kept: about so much of a step's time a token. On a GPU nothing of it is
+# replayed, so that for few tokens the host's launches of a layer count; and so do a step's words to its owner.
 EVALUATION_SHARE = 1 / 3
+EVALUATION_LAUNCHES, LOOP_SECONDS = 22, 0.005
+# Tokens by which a micro-batch is rounded up, in the mean.
+ROUNDED_UP = 32
 LEARNT_FROM = 8
 # Pinned host memory that a worker is taken to have for what is offloaded.
 HOST_BYTES = 64 * planner.GIB
@@ -83,7 +90,8 @@ def work_of(
 ) -> Work:
     """What a step computes, in the planner's words. The last two are what a job's earlier start decided."""
     # Steps differ in their rows: the mean, and a quarter more.
-    step = min(int(1.25 * amount.tokens / amount.rows * recipe.batch_size) + 1, amount.tokens)
+    step = int(1.25 * amount.tokens / amount.rows * recipe.batch_size) + 1
+    step = min(step, amount.tokens, recipe.batch_size * amount.longest)
     return Work(
         step_tokens=min(max(amount.longest, step), max(recipe.micro_batch_tokens, amount.longest)),
         longest_document=amount.longest,
@@ -104,8 +112,8 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
     """Where a job could run, as a worker describes it. `bytes` is what a plan may fill, None on a CPU; `rates`
-    are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second;
-    `holds` is the base model in its memory."""
+    are FLOP/s of a product, bytes/s of a copy, and of the link to the host or, on a CPU, weights decoded a second; of a
+    GPU also "built", 0 where no job has built its kernels yet. `holds` is the base model in its memory."""
 
     name: str
     bytes: int | None
@@ -117,7 +125,7 @@ class Device:
         """Its rates, in the planner's form."""
         if self.bytes is None:
             return planner.cpu(self.name, **self.rates)
-        return planner.H100.scaled(self.name, **self.rates)
+        return planner.H100.scaled(self.name, **{name: self.rates[name] for name in ("gemm", "copy", "link")})
 
 
 # What an estimate is made for where no worker has said what it has.
@@ -133,7 +141,8 @@ class Learnt:
     """From jobs that finished on such a device with such a base model, medians over `jobs` of them.
 
     `startup_seconds` is known for those that found the base model in memory (True), for others, for both or for
-    neither; `factor` is how much longer than predicted steps and evaluations took.
+    neither; `factor` is how much longer than predicted steps and evaluations took. The first job of a machine builds
+    kernels and fills caches all along, so where there are jobs that found the base model in memory, they alone count.
     """
 
     startup_seconds: Mapping[bool, float] = field(default_factory=dict)
@@ -152,10 +161,11 @@ class Learnt:
             for warm in (False, True)
             if (found := [m["startup_seconds"] for _, m in pairs if m["was_warm"] is warm])
         }
+        usual = [pair for pair in pairs if pair[1]["was_warm"]] or pairs
         return cls(
             startup_seconds=startup,
-            storing_seconds=statistics.median(m["storing_seconds"] for _, m in pairs),
-            factor=statistics.median(m["training_seconds"] / e["raw_seconds"] for e, m in pairs),
+            storing_seconds=statistics.median(m["storing_seconds"] for _, m in usual),
+            factor=statistics.median(m["training_seconds"] / e["raw_seconds"] for e, m in usual),
             jobs=len(pairs),
         )
 
@@ -216,8 +226,12 @@ def estimate(recipe: Recipe, shape: ModelShape, amount: Amount, device: Device, 
     mean = amount.tokens / max(1.0, amount.rows / recipe.batch_size)
     seconds_a_token = plan.micro_batch_seconds / plan.micro_batch_tokens
     step_seconds = seconds_a_token * mean + plan.optimizer_seconds
-    evaluations = (max(recipe.n_evals, 1) + 1) * amount.valid_tokens * seconds_a_token * EVALUATION_SHARE
-    raw = steps * step_seconds + evaluations
+    evaluation = amount.valid_tokens * seconds_a_token * EVALUATION_SHARE
+    if device.bytes is not None:
+        step_seconds += seconds_a_token * ROUNDED_UP + LOOP_SECONDS
+        passes = math.ceil(amount.valid_tokens / plan.micro_batch_tokens)
+        evaluation = max(evaluation, passes * shape.layers * EVALUATION_LAUNCHES * card.host_launch)
+    raw = steps * step_seconds + (max(recipe.n_evals, 1) + 1) * evaluation
     startup = learnt.startup_seconds.get(device.holds == recipe.base_model)
     parts = {
         "startup": _startup_seconds(recipe, shape, device) if startup is None else startup,
@@ -251,7 +265,8 @@ def _startup_seconds(recipe: Recipe, shape: ModelShape, device: Device) -> float
     parameters = shape.layers * shape.linear_parameters
     if device.bytes is None:
         return ENGINE_SECONDS + WARM_SECONDS + parameters / CPU_PARAMETERS_A_SECOND
-    return COLD_SECONDS + WARM_SECONDS + parameters / PARAMETERS_A_SECOND
+    build = 0.0 if device.rates.get("built", 1.0) else BUILD_SECONDS
+    return build + COLD_SECONDS + WARM_SECONDS + parameters / PARAMETERS_A_SECOND
 
 
 def _storing_seconds(shape: ModelShape, adapter: planner.AdapterShape) -> float:

@@ -17,6 +17,7 @@ import functools
 import json
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ __all__ = [
     "as_rows",
     "cdiv",
     "compile_only",
+    "is_built",
     "is_hopper",
     "launch",
     "next_power_of_2",
@@ -102,6 +104,11 @@ def runs_kernels(*tensors: Tensor | None) -> bool:
     if device.type == "cpu":
         return INTERPRETED
     return device.type == "cuda" or (device.type == "meta" and _compiled is not None)
+
+
+def is_built(kernel: Any) -> bool:
+    """Whether this machine has compiled the kernel before, in whatever version: Triton keeps binaries on the disk."""
+    return AVAILABLE and any(Path(triton.knobs.cache.dir).glob(f"*/{kernel.fn.__name__}.cubin"))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

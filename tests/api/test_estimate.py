@@ -7,7 +7,7 @@ import pytest
 
 from graft import forecast, jobs, workers
 from graft.db import Database
-from graft.estimate import Amount, Device, Estimate, Learnt, estimate
+from graft.estimate import BUILD_SECONDS, Amount, Device, Estimate, Learnt, estimate, work_of
 from graft.planner import GIB, ModelShape
 from graft.recipe import Recipe
 
@@ -60,9 +60,25 @@ def test_finished_jobs_teach_each_part_and_a_cold_start_nothing_about_a_warm_one
         ]
     )
     third = told(dataclasses.replace(CARD, holds="tiny"), learnt)
-    assert third.parts == pytest.approx({"startup": 1.0, "training": 2.5 * first.raw_seconds, "storing": 3.0})
+    # The cold one built and filled what the others found.
+    assert third.parts == pytest.approx({"startup": 1.0, "training": 2 * first.raw_seconds, "storing": 2.0})
     assert third.seconds_high / third.seconds < first.seconds_high / first.seconds
     assert third.learnt_from_jobs == 2
+
+
+def test_a_machine_without_kernels_builds_them_before_its_first_job() -> None:
+    def where(built: float, **changed: Any) -> Estimate:
+        return told(dataclasses.replace(CARD, rates={**CARD.rates, "built": built}, **changed))
+
+    assert where(built=1.0).parts == told().parts
+    assert where(built=0.0).parts["startup"] == told().parts["startup"] + BUILD_SECONDS
+    assert where(built=0.0, holds="tiny").parts == where(built=1.0, holds="tiny").parts
+
+
+def test_a_step_never_has_more_tokens_than_its_rows_can_have() -> None:
+    amount = Amount.of([500] * 99 + [511], 20_000)
+    assert work_of(dataclasses.replace(RECIPE, batch_size=1), amount).step_tokens == 511
+    assert work_of(dataclasses.replace(RECIPE, batch_size=4), amount).step_tokens == 4 * 511
 
 
 def test_only_jobs_that_ran_in_one_go_teach(database: Database) -> None:

@@ -34,7 +34,17 @@ from typing import Any
 import torch
 
 import graft_kernels
-from graft_kernels.launch import AVAILABLE, CAPABILITIES, INTERPRETED, Compiled, compile_only, launch, tl, triton
+from graft_kernels.launch import (
+    AVAILABLE,
+    CAPABILITIES,
+    INTERPRETED,
+    Compiled,
+    compile_only,
+    is_built,
+    launch,
+    tl,
+    triton,
+)
 
 HERE = Path(__file__).parent
 PROCESSES = 2
@@ -237,6 +247,13 @@ if AVAILABLE and not INTERPRETED:
                 surprises.append(" ".join(f"{name}={row[name]}" for name in COLUMNS))
         assert not surprises, "\n".join(surprises)
         assert set(MAY_SPILL) <= {row["kernel"] for row in spilling}, "an exception that no kernel needs"
+
+    def test_what_a_machine_has_built_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+        assert not is_built(_spilling_on_purpose)
+        with compile_only("sm_90"):
+            launch(_spilling_on_purpose, (1,), torch.empty(32, device="meta"), SIZE=32, num_warps=1)
+        assert is_built(_spilling_on_purpose)
 
 
 if __name__ == "__main__":

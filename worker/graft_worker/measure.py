@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from graft import planner
+from graft_kernels.adamw import _update_kernel
+from graft_kernels.launch import is_built
 from graft_kernels.nf4 import NF4Weight, decode
 from graft_worker.processes import die_with_parent
 
@@ -36,7 +38,12 @@ def measured(device: torch.device) -> dict[str, Any]:
         return {
             "device": device_name(device),
             "device_bytes": planner.usable_bytes(there_is),
-            "rates": {"gemm": card.product, "copy": card.copy, "link": card.to_host},
+            "rates": {
+                "gemm": card.product,
+                "copy": card.copy,
+                "link": card.to_host,
+                "built": float(is_built(_update_kernel)),  # of the optimizer, which every job runs
+            },
         }
     return {"device": cpu_name(), "device_bytes": None, "rates": cpu_rates()}
 

@@ -45,7 +45,8 @@ def work_of(
     """
     tokens = sum(lengths)
     # Steps differ in their rows: the mean, and a quarter more.
-    step = max(longest, min(int(1.25 * tokens / len(lengths) * recipe.batch_size) + 1, tokens))
+    step = int(1.25 * tokens / len(lengths) * recipe.batch_size) + 1
+    step = max(longest, min(step, tokens, recipe.batch_size * longest))
     return Work(
         step_tokens=min(step, max(recipe.micro_batch_tokens, longest)),
         longest_document=longest,

@@ -108,6 +108,7 @@ class Peer(Contender):
         import torch
 
         self.name, _, mode = name.partition("-")
+        self.exact = mode == "fp32"
         checkpointing = mode != "off"
         began = time.perf_counter()
         self.model = (
@@ -160,11 +161,13 @@ class Peer(Contender):
         )
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            quantization_config=quantization,
-            dtype=torch.bfloat16,
+            quantization_config=None if self.exact else quantization,
+            dtype=torch.float32 if self.exact else torch.bfloat16,
             device_map={"": 0},
             attn_implementation="sdpa",
         )
+        if self.exact:
+            _decode_in_place(model)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -184,7 +187,7 @@ class Peer(Contender):
     def _loss(self, **inputs: Any) -> Any:
         import torch
 
-        if self.name == "unsloth":
+        if self.name == "unsloth" or self.exact:
             return self.model(**inputs).loss
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return self.model(**inputs).loss
@@ -251,6 +254,18 @@ class Peer(Contender):
             ids = torch.stack(list(held_out)).to(DEVICE)
             final = self._loss(input_ids=ids, labels=ids)
         return [float(loss) for loss in losses], float(final)
+
+
+def _decode_in_place(model: Any) -> None:
+    """Each target's weight as NF4 has it, decoded to bf16 as everybody decodes it, in fp32."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in TARGETS:
+            weight = module.weight.data
+            packed, state = quantize_4bit(weight.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)
+            weight.copy_(dequantize_4bit(packed, state))
 
 
 def padded_batches(rows: Sequence[Any]) -> list[dict[str, Any]]:
@@ -334,15 +349,17 @@ class Graft(Contender):
         self.decoder: Any = None
         self.attach()
 
-    def attach(self, *, deterministic: bool = True) -> None:
-        """A fresh adapter, decoder and optimizer, as at the start of a job."""
+    def attach(self, *, deterministic: bool | None = None) -> None:
+        """A fresh adapter, decoder and optimizer, as at the start of a job. Without a word on the order of sums it is
+        that of the service: fixed where rows are packed."""
         from graft_worker import lora
         from graft_worker.decoder import Decoder
         from graft_worker.trainer import make_optimizer
 
         self.detach()
         self.adapter = lora.attach(self.base.model, self.recipe.lora, 0)
-        self.decoder = Decoder(self.base.model, max_positions=8192, deterministic=deterministic)
+        self.decoder = Decoder(self.base.model, max_positions=8192)
+        self.deterministic = deterministic
         self.decoder.attach_gradients()
         self.optimizer = make_optimizer(self.recipe, self.adapter.parameters())
 
@@ -377,8 +394,12 @@ class Graft(Contender):
             plan = plan_for(self.recipe, self.shape, work, Budget(device=device, host=64 << 30), card=self.card)
         except PlanRefused as refused:
             raise torch.OutOfMemoryError(str(refused)) from refused
+        self.decoder.deterministic = work.deterministic
         planning.follow(self.decoder, plan, self.recipe)
         return plan
+
+    def _ordered(self, packed: bool) -> bool:
+        return packed if self.deterministic is None else self.deterministic
 
     @staticmethod
     def _told(plan: Any, attempt: int) -> Row:
@@ -418,7 +439,8 @@ class Graft(Contender):
         from graft.planner import Work
         from graft_worker.batches import Batching
 
-        plan = self.plan(Work(step_tokens=batch * sequence, longest_document=sequence), cap, attempt)
+        work = Work(step_tokens=batch * sequence, longest_document=sequence, deterministic=self._ordered(False))
+        plan = self.plan(work, cap, attempt)
         batching = Batching(mode="padded", token_budget=plan.micro_batch_tokens)
 
         def step() -> Any:
@@ -431,7 +453,7 @@ class Graft(Contender):
         from graft_worker import planning
 
         every = [length for step in lengths for length in step]
-        recipe = dataclasses.replace(self.recipe, batch_size=SAMPLES)
+        recipe = dataclasses.replace(self.recipe, batch_size=SAMPLES, deterministic=self._ordered(True))
         work = planning.work_of(recipe, every, max(every), sum(every) - len(every), None, None)
         plan = self.plan(work, None)
         batching = planning.batching_of(plan, "packed")

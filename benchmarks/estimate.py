@@ -183,7 +183,7 @@ def run_shape(name: str, folder: Path, device: str | None, cuda: bool) -> list[R
     """The rows of a shape's runs, printed as they come."""
     shape = SHAPES[name]
     # On a CPU one thread, as everywhere in the tests: on a machine that others use, two wait for one another.
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count()) if cuda else "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))) if cuda else "1", "HF_HUB_OFFLINE": "1"}
     if device is not None:
         environment["GRAFT_DEVICE"] = device
     rows = []

@@ -333,7 +333,17 @@ def cross_entropy(tokens: int, options: Options) -> Iterator[Case]:
 
         return provide
 
+    def products() -> Call:
+        logits, dhidden = draw(tokens, V), torch.empty_like(hidden)
+
+        def call() -> None:
+            torch.mm(hidden.detach(), weight.t(), out=logits)
+            torch.mm(logits, weight, out=dhidden)
+
+        return call
+
     providers = {"graft": both(lambda: lambda *arguments: linear_cross_entropy(*arguments).loss)}
+    providers["its two products alone"] = products
     providers["eager"] = both(lambda: eager_cross_entropy)
     if options.compile:
         providers["torch.compile"] = both(lambda: torch.compile(eager_cross_entropy))

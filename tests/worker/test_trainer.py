@@ -346,3 +346,19 @@ def test_an_unknown_target_leaves_the_base_clean(make_spec: MakeSpec, base: Base
     with pytest.raises(TrainingFailure, match=r"^unsupported_target_module"):
         run(make_spec(lora=LoraSettings(target_modules=("nope",))), base)
     assert isinstance(run(make_spec(n_epochs=1), base)[-1], Finished)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_recipe_says_whether_sums_have_an_order(
+    deterministic: bool, make_spec: MakeSpec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Decoder] = []
+
+    class Watched(Decoder):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(trainer, "Decoder", Watched)
+    run(make_spec(n_epochs=1, deterministic=deterministic), base)
+    assert [decoder.deterministic for decoder in made] == [deterministic]

@@ -450,11 +450,12 @@ class Graft(Contender):
         return Case(step, self._told(plan, attempt))
 
     def chat(self, lengths: Sequence[Sequence[int]]) -> Iterator[Case]:
+        from graft.estimate import Amount, work_of
         from graft_worker import planning
 
         every = [length for step in lengths for length in step]
         recipe = dataclasses.replace(self.recipe, batch_size=SAMPLES, deterministic=self._ordered(True))
-        work = planning.work_of(recipe, every, max(every), sum(every) - len(every), None, None)
+        work = work_of(recipe, Amount.of(every, sum(every) - len(every)))
         plan = self.plan(work, None)
         batching = planning.batching_of(plan, "packed")
         a_token = plan.micro_batch_seconds / plan.micro_batch_tokens

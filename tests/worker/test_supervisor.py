@@ -16,9 +16,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from celery import Celery
 from sqlalchemy import select, update
 
@@ -30,7 +32,7 @@ from graft.models import Adapter, AdapterFile, BlobChunk, Desired, Job, JobEvent
 from graft.recipe import Recipe
 from graft.settings import Settings
 from graft.storage import DatabaseStorage, Stored
-from graft_worker import archive, supervisor
+from graft_worker import archive, measure, supervisor
 from graft_worker import engine as engine_module
 from graft_worker.app import take_nudges
 from graft_worker.engine import Engine
@@ -610,6 +612,36 @@ def test_with_a_gpu_nothing_is_claimed_before_it_is_measured(house: House, monke
     engine.device = {"device": None, "device_bytes": None, "rates": None}
     with pytest.raises(ConfigurationError, match="The device cuda cannot be used"):
         house.supervisor.start()
+
+
+def test_a_gpu_that_had_no_kernels_is_described_again_after_the_job_that_built_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands, messages = os.pipe(), os.pipe()
+    engine = Engine(commands[0], messages[1], Settings())
+    found: dict[str, Any] = {"device": "A card", "device_bytes": 1000, "rates": {"built": 0.0}}
+
+    def one_job(spec: object) -> None:
+        if found["rates"]["built"]:
+            raise KeyboardInterrupt
+        engine._base = SimpleNamespace(device=torch.device("cuda"))
+        found["rates"] = {"built": 1.0}
+
+    monkeypatch.setattr(engine_module.TrainingSpec, "from_json", lambda _: None)
+    monkeypatch.setattr(measure, "measured", lambda _: found)
+    monkeypatch.setattr(engine, "_one_job", one_job)
+    monkeypatch.setattr(engine, "_listen", lambda: None)
+    for kind in ("measure", "job", "job"):
+        engine._todo.put({"kind": kind, "spec": {}})
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    said = [json.loads(line) for line in os.read(messages[0], 10_000).splitlines()]
+    os.close(commands[1])
+    os.close(messages[0])
+    assert [(message["kind"], message["rates"]) for message in said] == [
+        ("device", {"built": 0.0}),
+        ("device", {"built": 1.0}),
+    ]
 
 
 def test_work_without_steps_is_a_sign_of_life_and_waiting_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ class Engine:
             else:
                 self._one_job(TrainingSpec.from_json(command["spec"]))
                 if not self._is_measured and self._base is not None and self._base.device.type == "cuda":
-                    self._measure()  # a GPU that the supervisor did not expect
+                    self._measure()  # a GPU that the supervisor did not expect, or whose kernels are built now
 
     def _listen(self) -> None:
         for line in self._commands:
@@ -157,7 +157,9 @@ class Engine:
             device = torch.device(self._device())
             if device.type == "cuda":
                 device = torch.device("cuda", device.index or 0)
-            self._say("device", **measured(device))
+            found = measured(device)
+            self._is_measured = found["rates"].get("built") != 0  # the next job builds the kernels: to be said then
+            self._say("device", **found)
         except Exception as error:
             log.warning("the device cannot be measured: %s", error)
             self._say("device", device=None, device_bytes=None, rates=None)

@@ -30,35 +30,6 @@ def default_batching(recipe: Recipe, lengths: Sequence[int], mode: BatchMode) ->
     return Batching(mode=mode, token_budget=-(-tokens // ALIGNMENT) * ALIGNMENT)
 
 
-def work_of(
-    recipe: Recipe,
-    lengths: Sequence[int],
-    longest: int,
-    trained: int,
-    batching: Batching | None,
-    head_chunk_rows: int | None,
-) -> Work:
-    """What a step of rows of these lengths computes, in the planner's words.
-
-    `longest` is that of the validation rows too, `trained` the rows' trained tokens. The last two are what an earlier
-    start decided.
-    """
-    tokens = sum(lengths)
-    # Steps differ in their rows: the mean, and a quarter more.
-    step = int(1.25 * tokens / len(lengths) * recipe.batch_size) + 1
-    step = max(longest, min(step, tokens, recipe.batch_size * longest))
-    return Work(
-        step_tokens=min(step, max(recipe.micro_batch_tokens, longest)),
-        longest_document=longest,
-        document_tokens=sum(length * length for length in lengths) / tokens,
-        packed=recipe.packing,
-        deterministic=recipe.deterministic,
-        trained_share=max(trained / tokens, 1e-3),
-        micro_batch_tokens=None if batching is None else batching.token_budget,
-        head_chunk_rows=head_chunk_rows,
-    )
-
-
 def make_plan(base: BaseModel, recipe: Recipe, work: Work, share: float = 1.0) -> Plan:
     """The fastest plan that fits the device, or a share of what is usable of it.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import planner
+from graft.estimate import Amount, work_of
 from graft.planner import Plan
 from graft.recipe import EarlyStopping, Recipe
 from graft.supervision import Limits, remarks
@@ -678,7 +679,12 @@ def _plan(
         tokens = max(1, min(planner.CPU_TOKENS, recipe.micro_batch_tokens) >> smaller)
         cut = dataclasses.replace(recipe, micro_batch_tokens=tokens)
         return stored or planning.default_batching(cut, lengths, mode), None
-    work = planning.work_of(recipe, rows.lengths, max(lengths), rows.num_trained, stored, progress.head_chunk_rows)
+    work = work_of(
+        recipe,
+        Amount.of(rows.lengths, rows.num_trained, lengths[len(rows.lengths) :]),
+        micro_batch_tokens=None if stored is None else stored.token_budget,
+        head_chunk_rows=progress.head_chunk_rows,
+    )
     plan = planning.make_plan(base, recipe, work, planning.BUDGET_SHARES[smaller])
     planning.follow(network, plan, recipe)
     return stored or planning.batching_of(plan, mode), plan

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, tl, triton
-from graft_kernels.lora_linear import product
+from graft_kernels.lora_linear import add_product_, product
 from graft_kernels.nf4 import NF4Weight, decode
 
 IGNORED = -100
@@ -406,7 +406,7 @@ def linear_cross_entropy_forward(
         else:
             sums_CH = product(parts_CV[-1], head.slab(up[-1], next(wanted)), loss_dtype)
             for place in reversed(up[:-1]):
-                sums_CH += product(parts_CV[place], head.slab(place, next(wanted)), loss_dtype)
+                add_product_(sums_CH, parts_CV[place], head.slab(place, next(wanted)))
             if index is None:
                 grad_TH[start:end] = sums_CH
             else:

@@ -9,12 +9,18 @@ beside the tensor cores or before them. `tl.dot` waits for its result in every s
 place in shared memory. Here the order is written down (in Gluon, Triton's lower level):
 
     step i    tensor cores: acc += W_i · in_iᵀ        the warps: decode W_{i+1}, into another place
-              wait for step i - 1, not for i          start copying in_{i+2} (TMA), load the bytes of W_{i+2}
+              wait for step i - 1, not for i          start copying in_j and the bytes of W_j (TMA) for a later step j
 
-Three places for decoded tiles, four for the input: a place is written when the step that read it is known to be done by
-all warps, which is the barrier at the head of a step. The weight is the left operand: a warpgroup then multiplies 64
-outputs with 256 tokens, and reads least from shared memory, whose rate is what binds here (80 bytes a clock; 96 the
-other way round, which took 20 % longer; all on an H100, 512 tokens).
+Nothing but copies of the tensor memory accelerator reads weight and input, two to four steps ahead and without a
+register; what a thread loads by itself a step ahead comes too late: bytes that took longer than a step were what all
+else waited for. Scales are asked for four tiles ahead.
+
+The weight is the left operand: a warpgroup then multiplies 64 outputs with 256 tokens. Forward, its decoded tile stays
+in registers, where the tensor cores take it from; a thread decodes exactly those nibbles that are its own in their
+layout. Backward, pairs along the reduction lie in different rows of bytes, so the tile goes through shared memory.
+The sixteen code values lie in the sixteen lanes of each half of a warp, and a shuffle fetches one: from shared memory
+they would take no less of its rate, and two barriers more a step. (Each by measurement on an H100, at 384 and 512
+tokens; a step of 64 takes 0.8 us forward and 0.9 us backward, of which the tensor cores need 0.6.)
 
 Tiles seldom fill the card: 64 of them leave half of 132 multiprocessors without work, 448 are four rounds, the last of
 them half empty. So a program may take an equal stretch of all steps of all tiles, wherever tiles begin and end
@@ -28,16 +34,23 @@ this kernel is compiled and not run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graft_kernels.launch import AVAILABLE, cdiv, launch, next_power_of_2, tl, triton
+from graft_kernels.nf4 import NF4Weight, code_table
 
 # Tokens of a program that makes a part of S, and how many of them a card works on well.
 _LOW_RANK_BLOCK_M = 16
 _PROGRAMS = 128
+
+# A tile of the product: tokens and outputs; and of the reduction, what a program takes at a time and how many tiles of
+# 64 have a place in shared memory, forward and backward.
+BLOCK_M, BLOCK_O = 256, 128
+STEP = {"forward": 128, "backward": 64}
+_STAGES = {"forward": 5, "backward": 4}
 
 if AVAILABLE:
     from triton.experimental import gluon
@@ -89,20 +102,49 @@ def _low_rank_parts_kernel(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _decoded(  # type: ignore[no-untyped-def]
-    words, absmax, table, rows: gl.constexpr, columns: gl.constexpr, RUN: gl.constexpr, dtype: gl.constexpr
+def _code_by_lane(code_ptr, any_number):  # type: ignore[no-untyped-def]
+    """The code value that this lane keeps for `_looked_up`: a scalar to Gluon, and another one in every lane."""
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [any_number], gl.int32, is_pure=True, pack=1)
+    return gl.load(code_ptr + (lane & 15))
+
+
+@gluon.jit
+def _looked_up(code_by_lane, nibbles):  # type: ignore[no-untyped-def]
+    """The code values of the low four bits of `nibbles`: the shuffle stays within 16 lanes and ignores higher bits."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
+        "=f,f,r",
+        [code_by_lane, nibbles],
+        gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _decoded_operand(  # type: ignore[no-untyped-def]
+    words, absmax, code_by_lane, shift, rows: gl.constexpr, OPERAND: gl.constexpr, dtype: gl.constexpr
 ):  # fmt: skip
-    """[rows, columns] from words [rows, columns/PER, PER/8] and the scales of those runs of PER weights."""
-    # Bytes rising, high nibble first; `join` keeps the eight nibbles of a word in their thread.
+    """[rows, 64] as the tensor cores' left operand, from words [rows, 8]; a thread takes the byte at `shift`."""
+    octets = gl.expand_dims(words, 2) >> shift
+    # Bytes rising, high nibble first; `join` keeps both in their thread.
+    nibbles = gl.reshape(gl.join(octets >> 4, octets), (rows, 64))
+    code = _looked_up(code_by_lane, gl.convert_layout(nibbles, OPERAND))
+    return (code * gl.expand_dims(absmax, 1)).to(dtype)
+
+
+@gluon.jit
+def _decoded_tile(  # type: ignore[no-untyped-def]
+    words, absmax, code_by_lane, rows: gl.constexpr, columns: gl.constexpr, RUN: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """[rows, columns] from words [rows, columns/8] and the scales of the runs that a thread decodes."""
+    PER: gl.constexpr = RUN.size_per_thread[2]
+    words = gl.reshape(words, (rows, columns // PER, PER // 8))
     halves = gl.join(words, words >> 16)
     quarters = gl.join(halves, halves >> 8)
-    nibbles = gl.join(quarters >> 4, quarters) & 15
-    PER: gl.constexpr = RUN.size_per_thread[2]
-    # The sixteen values lie in shared memory: any mix of sixteen words is free of bank conflicts.
-    code = gl.gather(table, gl.reshape(nibbles, (rows * columns,)), 0)
-    code = gl.convert_layout(gl.reshape(code, (rows, columns // PER, PER)), RUN, assert_trivial=True)
-    w = (code * gl.expand_dims(absmax, 2)).to(dtype)
-    return gl.reshape(w, (rows, columns))
+    nibbles = gl.reshape(gl.join(quarters >> 4, quarters), (rows, columns // PER, PER))
+    code = _looked_up(code_by_lane, gl.convert_layout(nibbles, RUN, assert_trivial=True))
+    return gl.reshape((code * gl.expand_dims(absmax, 2)).to(dtype), (rows, columns))
 
 
 @gluon.jit
@@ -135,55 +177,200 @@ def _scales(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    in_desc, in_shared, arrived, m0, step, at, inside, STAGES: gl.constexpr, BLOCK_R: gl.constexpr
+    in_desc, w_desc, in_shared, w_shared, arrived, m0, o0, step, at, inside,
+    BACKWARD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the input of a tile's step, as the `at`-th copy of this program, if it is `inside` the part."""
-    bar = arrived.index(at % STAGES)
-    hopper.mbarrier.expect(bar, in_desc.block_type.nbytes, pred=inside)
-    hopper.tma.async_copy_global_to_shared(
-        in_desc, [m0, step * BLOCK_R], bar, in_shared.index(at % STAGES), pred=inside
+    """Start copying a tile's input and its weight's bytes, as the `at`-th copy of this program, if it is `inside`."""
+    place = at % STAGES
+    bar = arrived.index(place)
+    hopper.mbarrier.expect(bar, in_desc.block_type.nbytes + w_desc.block_type.nbytes, pred=inside)
+    hopper.tma.async_copy_global_to_shared(in_desc, [m0, step * 64], bar, in_shared.index(place), pred=inside)
+    if BACKWARD:
+        hopper.tma.async_copy_global_to_shared(w_desc, [step * 64, o0 // 8], bar, w_shared.index(place), pred=inside)
+    else:
+        hopper.tma.async_copy_global_to_shared(w_desc, [o0, step * 8], bar, w_shared.index(place), pred=inside)
+
+
+@gluon.jit
+def _arrival(arrived, at, inside, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the `at`-th copy, if it is `inside`."""
+    hopper.mbarrier.wait(arrived.index(at % STAGES), (at // STAGES) & 1, pred=inside)
+
+
+@gluon.jit
+def _multiplied_from_registers(  # type: ignore[no-untyped-def]
+    acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane, offset,
+    m0, o0, first, count, done, out_size, sum_size, row_blocks,
+    NESTED: gl.constexpr, MMA: gl.constexpr, BLOCK_O: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc + W · inᵀ over `count` steps of 128 from `first` on, W [O, R] lying along the reduction.
+
+    The weight's tile goes from the decoder's registers to the tensor cores: a thread decodes the bytes whose place in
+    the operand is its own. Two tiles of 64 take turns.
+    """
+    dtype: gl.constexpr = in_desc.dtype
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    # Of a row's 64 weights a thread has one byte of each of eight words; four threads load the same words.
+    BYTES: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1, 0], [0, 2, 0], [0, 4, 0], [8, 0, 0]],
+        lane_bases=[[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0], [64, 0, 0]],
+        block_bases=[],
+        shape=[BLOCK_O, 8, 4],
     )
+    WORDS: gl.constexpr = gl.SliceLayout(2, BYTES)
+    shift = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, BYTES))) * 8
+    shift = gl.expand_dims(gl.expand_dims(shift, 0), 1)
+    row = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, OPERAND))
+    block = row * row_blocks + first * 2
+    mask = row < out_size
+    # Tiles of 64: those that are copied, and those that there are. The last step may have only one.
+    copies = 2 * count
+    tiles = gl.minimum(copies, sum_size // 64 - 2 * first)
+
+    for stage in gl.static_range(STAGES - 1):
+        _fetch(
+            in_desc, w_desc, in_shared, w_shared, arrived, m0, o0, 2 * first + stage, done + stage, stage < copies,
+            False, STAGES,
+        )  # fmt: skip
+    absmax0 = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED)
+    absmax = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block + 1, mask & (tiles > 1), NESTED)
+    index2, scale2 = _coded_scales(absmax_ptr, absmax2_ptr, block + 2, mask & (tiles > 2), NESTED)
+    index3, scale3 = _coded_scales(absmax_ptr, absmax2_ptr, block + 3, mask & (tiles > 3), NESTED)
+    block += 4
+    _arrival(arrived, done, True, STAGES)
+    words = w_shared.index(done % STAGES).load(WORDS)
+    w0 = _decoded_operand(words, absmax0, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+    w1 = gl.zeros((BLOCK_O, 64), dtype, OPERAND)
+    for i in range(count):
+        for half in gl.static_range(2):
+            tile = 2 * i + half
+            here = done + tile
+            in_tile = in_shared.index(here % STAGES).permute((1, 0))
+            if half == 0:
+                acc = hopper.warpgroup_mma(w0, in_tile, acc, is_async=True)
+                acc, w1 = hopper.warpgroup_mma_wait(num_outstanding=1, deps=[acc, w1])
+            else:
+                acc = hopper.warpgroup_mma(w1, in_tile, acc, is_async=True)
+                acc, w0 = hopper.warpgroup_mma_wait(num_outstanding=1, deps=[acc, w0])
+            # All warps are done with the tile before this one: its place is free, and so are its registers.
+            barrier()
+            later = tile + STAGES - 1
+            _fetch(
+                in_desc, w_desc, in_shared, w_shared, arrived, m0, o0, 2 * first + later, done + later, later < copies,
+                False, STAGES,
+            )  # fmt: skip
+            index4, scale4 = _coded_scales(absmax_ptr, absmax2_ptr, block, mask & (tile + 4 < tiles), NESTED)
+            later_absmax = _decoded_scales(index2, scale2, code2_ptr, offset, NESTED)
+            _arrival(arrived, here + 1, tile + 1 < copies, STAGES)
+            words = w_shared.index((here + 1) % STAGES).load(WORDS)
+            if half == 0:
+                w1 = _decoded_operand(words, absmax, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+            else:
+                w0 = _decoded_operand(words, absmax, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+            absmax, index2, scale2 = later_absmax, index3, scale3
+            index3, scale3 = index4, scale4
+            block += 1
+    acc, w1 = hopper.warpgroup_mma_wait(num_outstanding=0, deps=[acc, w1])
+    return acc
+
+
+@gluon.jit
+def _multiplied_from_shared(  # type: ignore[no-untyped-def]
+    acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane,
+    offset, m0, o0, first, count, done, out_size, row_blocks,
+    NESTED: gl.constexpr, BLOCK_O: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc + Wᵀ · inᵀ over `count` steps of 64 from `first` on, W [R, O] lying along the outputs.
+
+    The operand's pairs along the reduction lie in different rows, so the tile goes through shared memory: three places
+    for it, and a step's is written while the step before is multiplied.
+    """
+    dtype: gl.constexpr = in_desc.dtype
+    WARPS: gl.constexpr = gl.num_warps()
+    PER: gl.constexpr = 64 * BLOCK_O // (32 * WARPS)
+    RUNS: gl.constexpr = BLOCK_O // PER
+    # A thread decodes a run of PER weights: some words, one scale.
+    RUN: gl.constexpr = gl.BlockedLayout([1, 1, PER], [32 // RUNS, RUNS, 1], [WARPS, 1, 1], [2, 1, 0])
+    WORDS: gl.constexpr = gl.BlockedLayout([1, PER // 8], [32 // RUNS, RUNS], [WARPS, 1], [1, 0])
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, RUN))) + first * 64
+    run = gl.arange(0, RUNS, layout=gl.SliceLayout(0, gl.SliceLayout(2, RUN)))
+    block = row[:, None] * row_blocks + (o0 // 64 + run * PER // 64)[None, :]
+    block_step = 64 * row_blocks
+    mask = ((o0 + run * PER) < out_size)[None, :] & (row >= 0)[:, None]
+
+    for stage in gl.static_range(STAGES - 2):
+        _fetch(
+            in_desc, w_desc, in_shared, w_shared, arrived, m0, o0, first + stage, done + stage, stage < count,
+            True, STAGES,
+        )  # fmt: skip
+    absmax0 = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED)
+    absmax = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block + block_step, mask & (count > 1), NESTED)
+    index2, scale2 = _coded_scales(absmax_ptr, absmax2_ptr, block + 2 * block_step, mask & (count > 2), NESTED)
+    index3, scale3 = _coded_scales(absmax_ptr, absmax2_ptr, block + 3 * block_step, mask & (count > 3), NESTED)
+    block += 4 * block_step
+    _arrival(arrived, done, True, STAGES)
+    words = w_shared.index(done % STAGES).load(WORDS)
+    tiles_shared.index(done % 3).store(_decoded_tile(words, absmax0, code_by_lane, 64, BLOCK_O, RUN, dtype))
+    for i in range(count):
+        here = done + i
+        hopper.fence_async_shared()
+        barrier()
+        w_tile = tiles_shared.index(here % 3).permute((1, 0))
+        acc = hopper.warpgroup_mma(w_tile, in_shared.index(here % STAGES).permute((1, 0)), acc, is_async=True)
+        # While that runs: the next step's tile, and copies into the place of the step before the last, which is done.
+        index4, scale4 = _coded_scales(absmax_ptr, absmax2_ptr, block, mask & (i + 4 < count), NESTED)
+        later_absmax = _decoded_scales(index2, scale2, code2_ptr, offset, NESTED)
+        later = i + STAGES - 2
+        _fetch(
+            in_desc, w_desc, in_shared, w_shared, arrived, m0, o0, first + later, done + later, later < count,
+            True, STAGES,
+        )  # fmt: skip
+        _arrival(arrived, here + 1, i + 1 < count, STAGES)
+        words = w_shared.index((here + 1) % STAGES).load(WORDS)
+        tiles_shared.index((here + 1) % 3).store(_decoded_tile(words, absmax, code_by_lane, 64, BLOCK_O, RUN, dtype))
+        absmax, index2, scale2 = later_absmax, index3, scale3
+        index3, scale3 = index4, scale4
+        block += block_step
+        acc = hopper.warpgroup_mma_wait(num_outstanding=1, deps=[acc])
+    return hopper.warpgroup_mma_wait(num_outstanding=0, deps=[acc])
 
 
 @gluon.jit
 def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
-    in_desc, words_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, s_ptr, up_ptr, bias_ptr, out_ptr,
+    in_desc, w_desc, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, s_ptr, up_ptr, bias_ptr, out_ptr,
     parts_ptr, arrivals_ptr,
-    M, out_size, sum_size, stride_out, row_words, row_blocks, stride_uo, stride_uj, scale,
+    M, out_size, sum_size, stride_out, row_blocks, stride_uo, stride_uj, scale,
     RANK: gl.constexpr, S_SPLITS: gl.constexpr, BACKWARD: gl.constexpr,
     NESTED: gl.constexpr, HAS_BIAS: gl.constexpr, CUT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_O: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = in_desc.dtype
-    ROWS: gl.constexpr = BLOCK_R if BACKWARD else BLOCK_O
-    COLUMNS: gl.constexpr = BLOCK_O if BACKWARD else BLOCK_R
     WARPS: gl.constexpr = gl.num_warps()
-    PER: gl.constexpr = ROWS * COLUMNS // (32 * WARPS)
-    RUNS: gl.constexpr = COLUMNS // PER
-    # A warpgroup takes 64 outputs; where there are no more, two share the tokens.
-    DOWN: gl.constexpr = BLOCK_O // 16
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, WARPS // DOWN], [16, BLOCK_M * DOWN // WARPS, 16])
-    # A thread decodes a run of PER weights: some words, one scale.
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, PER // 8], [32 // RUNS, RUNS, 1], [WARPS, 1, 1], [2, 1, 0])
-    RUN: gl.constexpr = gl.BlockedLayout([1, 1, PER], [32 // RUNS, RUNS, 1], [WARPS, 1, 1], [2, 1, 0])
+    # A warp takes 16 outputs, a warpgroup 64.
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
 
-    in_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_R], in_desc.layout)
-    w_shared = gl.allocate_shared_memory(dtype, [3, ROWS, COLUMNS], gl.NVMMASharedLayout(128, 16, 2))
+    in_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 64], in_desc.layout)
+    ROWS: gl.constexpr = 64 if BACKWARD else BLOCK_O
+    COLUMNS: gl.constexpr = BLOCK_O if BACKWARD else 64
+    w_shared = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, COLUMNS // 8], w_desc.layout)
+    if BACKWARD:
+        tiles_shared = gl.allocate_shared_memory(dtype, [3, 64, BLOCK_O], gl.NVMMASharedLayout(128, 16, 2))
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         hopper.mbarrier.init(arrived.index(stage), count=1)
     hopper.fence_async_shared()
     offset = gl.load(offset_ptr) if NESTED else 0.0
-    table = gl.load(code_ptr + gl.arange(0, 16, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))
+    code_by_lane = _code_by_lane(code_ptr, M)
 
     # This program's stretch of all steps.
     tiles_m = gl.cdiv(M, BLOCK_M)
-    steps = gl.cdiv(sum_size, BLOCK_R)
+    steps = gl.cdiv(sum_size, STEP)
     total = tiles_m * gl.cdiv(out_size, BLOCK_O) * steps
     programs = gl.num_programs(0)
     at = gl.program_id(0) * total // programs
     end = (gl.program_id(0) + 1) * total // programs
-    done = 0  # steps so far, over all parts: which place in shared memory comes next
+    done = 0  # tiles of the input so far, over all parts: which place in shared memory comes next
     while at < end:
         # The next part: `count` steps of a tile from `first` on. The tiles of M are neighbours: they decode the same
         # weights, which the L2 then reads once.
@@ -192,76 +379,23 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         count = gl.minimum(steps - first, end - at)
         m0 = tile % tiles_m * BLOCK_M
         o0 = tile // tiles_m * BLOCK_O
-
-        # Where this part of the weight's bytes and of their scales begins.
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))
-        run = gl.arange(0, RUNS, layout=gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))
-        word = gl.arange(0, PER // 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
-        srow = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RUN)))
-        srun = gl.arange(0, RUNS, layout=gl.SliceLayout(0, gl.SliceLayout(2, RUN)))
-        if BACKWARD:
-            row += first * BLOCK_R
-            srow += first * BLOCK_R
-            column_word = o0 // 8
-            block = srow[:, None] * row_blocks + (o0 // 64 + srun * PER // 64)[None, :]
-            word_step = BLOCK_R * row_words
-            block_step = BLOCK_R * row_blocks
-            w_inside = ((o0 + run * PER) < out_size)[None, :] & (row >= 0)[:, None]
-            s_inside = ((o0 + srun * PER) < out_size)[None, :] & (srow >= 0)[:, None]
-        else:
-            row += o0
-            srow += o0
-            column_word = first * (BLOCK_R // 8)
-            block = srow[:, None] * row_blocks + (first * (BLOCK_R // 64) + srun * PER // 64)[None, :]
-            word_step = BLOCK_R // 8
-            block_step = BLOCK_R // 64
-            w_inside = (row < out_size)[:, None] & (run >= 0)[None, :]
-            s_inside = (srow < out_size)[:, None] & (srun >= 0)[None, :]
-        run_at = row.to(gl.int64)[:, None] * row_words + (run * (PER // 8))[None, :]
-        word_ptrs = words_ptr + column_word + gl.expand_dims(run_at, 2) + word[None, None, :]
-        w_mask = gl.expand_dims(w_inside, 2) & (word >= 0)[None, None, :]
-
-        # Before the first step: the input of two steps is under way, one tile is decoded, the next one's bytes are
-        # here. All warps are done with what the part before left in these places.
+        # All warps are done with what the part before left in shared memory.
+        hopper.fence_async_shared()
         barrier()
-        for stage in gl.static_range(STAGES - 2):
-            _fetch(in_desc, in_shared, arrived, m0, first + stage, done + stage, stage < count, STAGES, BLOCK_R)
-        words = gl.load(word_ptrs, mask=w_mask, other=0)
-        absmax = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, s_inside, NESTED)
-        w_shared.index(done % 3).store(_decoded(words, absmax, table, ROWS, COLUMNS, RUN, dtype))
-        more = count > 1
-        words = gl.load(word_ptrs + word_step, mask=w_mask & more, other=0)
-        absmax = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block + block_step, s_inside & more, NESTED)
-        more = count > 2
-        index, scale2 = _coded_scales(absmax_ptr, absmax2_ptr, block + 2 * block_step, s_inside & more, NESTED)
-        word_ptrs += word_step
-        block += 2 * block_step
-
         acc = gl.zeros((BLOCK_O, BLOCK_M), gl.float32, MMA)
-        for i in range(count):
-            here = done + i
-            hopper.mbarrier.wait(arrived.index(here % STAGES), (here // STAGES) & 1)
-            hopper.fence_async_shared()
-            barrier()
-            w_tile = w_shared.index(here % 3)
-            if BACKWARD:
-                w_tile = w_tile.permute((1, 0))
-            acc = hopper.warpgroup_mma(w_tile, in_shared.index(here % STAGES).permute((1, 0)), acc, is_async=True)
-            # While that runs: the input of a later step, the bytes of the one after the next, and the next one's tile.
-            later = i + STAGES - 2
-            _fetch(in_desc, in_shared, arrived, m0, first + later, done + later, later < count, STAGES, BLOCK_R)
-            word_ptrs += word_step
-            block += block_step
-            later_words = gl.load(word_ptrs, mask=w_mask & (i + 2 < count), other=0)
-            later_index, later_scale2 = _coded_scales(
-                absmax_ptr, absmax2_ptr, block, s_inside & (i + 3 < count), NESTED
-            )
-            later_absmax = _decoded_scales(index, scale2, code2_ptr, offset, NESTED)
-            w_shared.index((here + 1) % 3).store(_decoded(words, absmax, table, ROWS, COLUMNS, RUN, dtype))
-            words, absmax, index, scale2 = later_words, later_absmax, later_index, later_scale2
-            acc = hopper.warpgroup_mma_wait(num_outstanding=1, deps=[acc])
-        acc = hopper.warpgroup_mma_wait(num_outstanding=0, deps=[acc])
-        done += count
+        if BACKWARD:
+            acc = _multiplied_from_shared(
+                acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr,
+                code_by_lane, offset, m0, o0, first, count, done, out_size, row_blocks,
+                NESTED, BLOCK_O, STAGES,
+            )  # fmt: skip
+        else:
+            acc = _multiplied_from_registers(
+                acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane,
+                offset, m0, o0, first, count, done, out_size, sum_size, row_blocks,
+                NESTED, MMA, BLOCK_O, STAGES,
+            )  # fmt: skip
+        done += count * (STEP // 64)
         at += count
 
         # out += S · upᵀ, in the same accumulators, by the part that ends the tile
@@ -274,9 +408,11 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
             for j0 in range(0, RANK, 16):
                 lj = j0 + gl.arange(0, 16, layout=gl.SliceLayout(0, LOW))
                 s = gl.zeros((BLOCK_M, 16), gl.float32, LOW)
-                for split in gl.static_range(S_SPLITS):
-                    s += gl.load(s_ptr + (split * M + lm)[:, None] * RANK + lj[None, :],
-                                 mask=(lm < M)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
+                # Four parts at a time, for the same reason.
+                for first_split in range(0, S_SPLITS, 4):
+                    for split in gl.static_range(min(4, S_SPLITS)):
+                        s += gl.load(s_ptr + ((first_split + split) * M + lm)[:, None] * RANK + lj[None, :],
+                                     mask=(lm < M)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
                 up = gl.load(up_ptr + lo.to(gl.int64)[:, None] * stride_uo + lj[None, :] * stride_uj,
                              mask=(lo < out_size)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
                 s_shared = gl.allocate_shared_memory(dtype, [BLOCK_M, 16], LOW_SHARED, (s * scale).to(dtype))
@@ -315,13 +451,18 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
             if HAS_BIAS:
                 bo = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
                 acc += gl.load(bias_ptr + bo, mask=bo < out_size, other=0.0).to(gl.float32)[:, None]
-            # Turned by way of shared memory, so that neighbouring threads write neighbouring outputs.
+            # Turned by way of shared memory, so that neighbouring threads write neighbouring outputs: in the places of
+            # the input, which nobody reads any more.
+            TURNED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
             OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_O, BLOCK_O // 8], [WARPS, 1], [1, 0])
+            turned = in_shared.index(0)._reinterpret(dtype, [BLOCK_M, BLOCK_O], TURNED)
+            barrier()
+            turned.store(gl.permute(acc.to(dtype), (1, 0)))
+            barrier()
             m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
             o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, OUT))
-            out = gl.convert_layout(gl.permute(acc.to(out_ptr.dtype.element_ty), (1, 0)), OUT)
             out_ptrs = out_ptr + m.to(gl.int64)[:, None] * stride_out + o[None, :]
-            gl.store(out_ptrs, out, mask=(m < M)[:, None] & (o < out_size)[None, :])
+            gl.store(out_ptrs, turned.load(OUT), mask=(m < M)[:, None] & (o < out_size)[None, :])
 
 
 def low_rank_parts(in_: Tensor, down_jR: Tensor, arrivals: Tensor | None = None) -> Tensor:
@@ -345,6 +486,51 @@ def low_rank_parts(in_: Tensor, down_jR: Tensor, arrivals: Tensor | None = None)
     return parts
 
 
-def input_tiles(in_: Tensor, block_m: int, block_r: int) -> Any:
-    """The input [M, R] as the tensor memory accelerator copies it: tiles [block_m, block_r], zeros outside."""
-    return TensorDescriptor.from_tensor(in_, [block_m, block_r], gl.NVMMASharedLayout(128, 16, 2))
+class Product(NamedTuple):
+    """What either direction is to the kernels: O is the side that comes out, R the one that is summed over."""
+
+    in_MR: Tensor
+    weight: NF4Weight
+    down_jR: Tensor | None
+    up_Oj: Tensor | None
+    scale: float
+    bias: Tensor | None
+    out_MO: Tensor
+    backward: bool
+
+
+def fused_hopper(product: Product, programs: int) -> None:
+    """The product in two launches, one of them for S. `programs` share all tiles' steps; with 0, each takes a tile.
+
+    The operands have been checked by the caller; the input's rows begin at multiples of 16 bytes.
+    """
+    in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
+    (m, sum_size), out_size, (n, k) = in_.shape, out.shape[1], weight.shape
+    direction = "backward" if backward else "forward"
+    tiles = cdiv(m, BLOCK_M) * cdiv(out_size, BLOCK_O)
+    rank, parts, arrivals, s = 0, None, None, None
+    stride_up: tuple[int, ...] = (0, 0)
+    if programs:
+        programs = min(programs, tiles * cdiv(sum_size, STEP[direction]))  # none is left without a step
+        parts = in_.new_empty(programs, 2, BLOCK_O, BLOCK_M, dtype=torch.float32)
+        # Zeros, which the launch that makes S writes, if there is one.
+        arrivals = (in_.new_zeros if down_jR is None else in_.new_empty)(programs, dtype=torch.int32)
+    if down_jR is not None and up_Oj is not None:
+        rank, stride_up = down_jR.shape[0], up_Oj.stride()
+        s = low_rank_parts(in_, down_jR, arrivals)
+    # Tiles of the tensor memory accelerator: zeros outside.
+    in_tiles = TensorDescriptor.from_tensor(in_, [BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, 2))
+    rows, columns = (64, BLOCK_O) if backward else (BLOCK_O, 64)
+    words_NK = weight.packed.view(n, k // 2).view(torch.int32)
+    w_tiles = TensorDescriptor.from_tensor(words_NK, [rows, columns // 8], gl.NVMMASharedLayout(columns // 2, 32, 2))
+    launch(
+        _fused_hopper_kernel,
+        (programs or tiles,),
+        in_tiles, w_tiles, weight.absmax, code_table(in_.device), weight.code2, weight.absmax2, weight.offset,
+        s, up_Oj, bias, out, parts, arrivals,
+        m, out_size, sum_size, out.stride(0), k // 64, *stride_up, float(scale),
+        RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward,
+        NESTED=weight.code2 is not None, HAS_BIAS=bias is not None, CUT=programs > 0,
+        BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O, STEP=STEP[direction], STAGES=_STAGES[direction],
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -34,12 +34,11 @@ import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from graft_kernels.fused_hopper import _fused_hopper_kernel, input_tiles, low_rank_parts
+from graft_kernels.fused_hopper import BLOCK_M, BLOCK_O, STEP, Product, fused_hopper
 from graft_kernels.launch import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -52,7 +51,7 @@ from graft_kernels.launch import (
     tl,
     triton,
 )
-from graft_kernels.nf4 import NF4_CODE, NF4Weight, decode
+from graft_kernels.nf4 import NF4Weight, code_table, decode
 
 BLOCKSIZE = 64
 MAX_RANK = 256
@@ -84,8 +83,8 @@ class FusedConfig:
     inline: bool = True  # S inside the same launch; False: a library product before it
     scales_shared: bool = True  # the second level's 256 values are looked up in shared memory, not through the L1
     max_registers: int | None = None  # per thread: fewer let more programs share a multiprocessor
-    hopper: bool = False  # the kernel of `fused_hopper.py`: block_m is 256, block_o 64 or 128, S comes first
-    programs: int = 0  # there: so many share all tiles' steps equally; 0: a program takes a tile
+    hopper: bool = False  # the kernel of `fused_hopper.py`, which has its own blocks; of all else it takes `programs`
+    programs: int = 0  # so many share all tiles' steps equally; 0: a program takes a tile
 
 
 def fused_linear_reference(
@@ -320,11 +319,6 @@ def _fused_reduce_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + m[:, None] * stride_out + o[None, :], acc.to(dtype), mask=out_mask)
 
 
-@functools.cache
-def _code(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
-
-
 def fused_config(
     m: int, n: int, k: int, rank: int, direction: str, *, wide: bool = True, hopper: bool = False
 ) -> FusedConfig:
@@ -339,7 +333,7 @@ def fused_config(
         raise ValueError(f"direction is {direction!r}, expected 'forward' or 'backward'")
     out_size, sum_size = (n, k) if direction == "forward" else (k, n)
     if hopper and m > 128 and (m > 256 or n * k >= _LARGE_WEIGHT[direction]):
-        return _hopper_config(m, out_size, sum_size)
+        return _hopper_config(m, out_size, sum_size, direction)
     inline = rank <= MAX_INLINE_RANK
     block_m = min(256, max(16, next_power_of_2(max(m, 1))))
     if sum_size % 64 != 0:
@@ -365,12 +359,13 @@ def fused_config(
 
 
 @functools.cache
-def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
-    """The cut whose time the sweep's figures predict to be least, in microseconds: of a step of 64 of the reduction, of
-    going on to another tile, and of leaving and adding the parts of one. Within a tenth of what was measured."""
-    tiles, steps = cdiv(m, 256) * cdiv(out_size, 128), sum_size // 64
+def _hopper_config(m: int, out_size: int, sum_size: int, direction: str) -> FusedConfig:
+    """The cut whose time the sweep's figures predict to be least, in microseconds: of a step of the reduction, of going
+    on to another tile, and of leaving and adding the parts of one."""
+    step_us = {"forward": 1.6, "backward": 0.92}[direction]
+    tiles, steps = cdiv(m, BLOCK_M) * cdiv(out_size, BLOCK_O), cdiv(sum_size, STEP[direction])
     total = tiles * steps
-    cuts = {0: 1.06 * steps * cdiv(tiles, _MULTIPROCESSORS)}
+    cuts = {0: step_us * steps * cdiv(tiles, _MULTIPROCESSORS)}
     for programs in (_MULTIPROCESSORS, 128, 96, 64):
         if programs > total:
             continue
@@ -379,13 +374,10 @@ def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
         shared = max(
             Counter(tile for i in range(programs) for tile in {ends[i] // steps, (ends[i + 1] - 1) // steps}).values()
         )
-        cuts[programs] = 1.06 * cdiv(total, programs) + 5.0 * (touched - 1) + (14.0 if shared == 2 else 26.0)
+        cuts[programs] = step_us * cdiv(total, programs) + 4.0 * (touched - 1) + (14.0 if shared == 2 else 26.0)
         if shared > 2 and touched > 1:
             cuts[programs] += 12.0
-    return FusedConfig(
-        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, inline=False, hopper=True,
-        programs=min(cuts, key=lambda programs: cuts[programs]),
-    )  # fmt: skip
+    return FusedConfig(hopper=True, programs=min(cuts, key=lambda programs: cuts[programs]))
 
 
 def _hopper_takes(in_: Tensor, sum_size: int) -> bool:
@@ -481,25 +473,15 @@ def _fused(
     down_jR, up_Oj = lora_a, lora_b
     if backward and lora_a is not None and lora_b is not None:
         down_jR, up_Oj = lora_b.t(), lora_a.t()
-    product = _Product(in_, weight, down_jR, up_Oj, scale, bias, out, backward)
-    (_launch_hopper if cut.hopper else _launch)(cut, product)
+    product = Product(in_, weight, down_jR, up_Oj, scale, bias, out, backward)
+    if cut.hopper:
+        fused_hopper(product, cut.programs)
+    else:
+        _launch(cut, product)
     return out
 
 
-class _Product(NamedTuple):
-    """What either direction is to the kernels: O is the side that comes out, R the one that is summed over."""
-
-    in_MR: Tensor
-    weight: NF4Weight
-    down_jR: Tensor | None
-    up_Oj: Tensor | None
-    scale: float
-    bias: Tensor | None
-    out_MO: Tensor
-    backward: bool
-
-
-def _launch(cut: FusedConfig, product: _Product) -> None:
+def _launch(cut: FusedConfig, product: Product) -> None:
     in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
     (m, sum_size), out_size, (n, k) = in_.shape, out.shape[1], weight.shape
     steps = cdiv(sum_size, cut.block_r)
@@ -523,7 +505,7 @@ def _launch(cut: FusedConfig, product: _Product) -> None:
     launch(
         _fused_linear_kernel,
         (cdiv(m, cut.block_m), cdiv(out_size, cut.block_o) + extra, splits),
-        in_, _words(weight), weight.absmax, _code(in_.device), weight.code2, weight.absmax2, weight.offset,
+        in_, _words(weight), weight.absmax, code_table(in_.device), weight.code2, weight.absmax2, weight.offset,
         down_jR, up_Oj, s, bias, target, s_partial,
         m, n, k, in_.stride(0), target.stride(-2), *stride_down, *stride_up, stride_s,
         float(scale), steps_per_split,
@@ -543,33 +525,6 @@ def _launch(cut: FusedConfig, product: _Product) -> None:
             RANK=rank, CHUNK=chunk, SPLITS=splits, HAS_BIAS=bias is not None,
             BLOCK_M=block_m, BLOCK_O=_REDUCE_BLOCK_O, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _launch_hopper(cut: FusedConfig, product: _Product) -> None:
-    in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
-    (m, sum_size), out_size, k = in_.shape, out.shape[1], weight.shape[1]
-    tiles = cdiv(m, cut.block_m) * cdiv(out_size, cut.block_o)
-    programs = min(cut.programs, tiles * cdiv(sum_size, cut.block_r)) or tiles  # none is left without a step
-    rank, parts, arrivals, s = 0, None, None, None
-    stride_up: tuple[int, ...] = (0, 0)
-    if cut.programs:
-        parts = in_.new_empty(programs, 2, cut.block_o, cut.block_m, dtype=torch.float32)
-        # Zeros, which the launch that makes S writes, if there is one.
-        arrivals = (in_.new_zeros if down_jR is None else in_.new_empty)(programs, dtype=torch.int32)
-    if down_jR is not None and up_Oj is not None:
-        rank, stride_up = down_jR.shape[0], up_Oj.stride()
-        s = low_rank_parts(in_, down_jR, arrivals)
-    launch(
-        _fused_hopper_kernel,
-        (programs,),
-        input_tiles(in_, cut.block_m, cut.block_r), _words(weight), weight.absmax, _code(in_.device), weight.code2,
-        weight.absmax2, weight.offset, s, up_Oj, bias, out, parts, arrivals,
-        m, out_size, sum_size, out.stride(0), k // 8, k // 64, *stride_up, float(scale),
-        RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward, NESTED=weight.code2 is not None,
-        HAS_BIAS=bias is not None, CUT=cut.programs > 0,
-        BLOCK_M=cut.block_m, BLOCK_O=cut.block_o, BLOCK_R=cut.block_r, STAGES=cut.num_stages,
-        num_warps=cut.num_warps, maxnreg=cut.max_registers, enable_fp_fusion=False,
-    )  # fmt: skip
 
 
 def _words(weight: NF4Weight) -> Tensor:

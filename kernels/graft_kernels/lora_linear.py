@@ -119,6 +119,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+def add_product_(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sums + a·b in place. On a card the library adds its fp32 accumulator to fp32 sums, in the same pass over them."""
+    if a.is_cuda and a.dtype != sums.dtype == torch.float32:
+        return torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    return sums.add_(product(a, b, sums.dtype))
+
+
 # --- kernels: forward ------------------------------------------------------------------------------------------------
 
 

@@ -39,14 +39,9 @@ VARIANTS = {
 
 # On a card of Hopper's kind; elsewhere they are refused, which is what the tests below then check.
 HOPPER = {
-    "128 outputs": FusedConfig(block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, hopper=True),
-    "64 outputs": FusedConfig(block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, hopper=True),
-    "128 outputs, shared": FusedConfig(
-        block_m=256, block_o=128, block_r=64, num_warps=8, num_stages=4, programs=7, hopper=True
-    ),
-    "64 outputs, shared": FusedConfig(
-        block_m=256, block_o=64, block_r=64, num_warps=8, num_stages=4, programs=132, hopper=True
-    ),
+    "a tile each": FusedConfig(hopper=True),
+    "few programs": FusedConfig(hopper=True, programs=7),
+    "many programs": FusedConfig(hopper=True, programs=132),
 }
 
 
@@ -404,6 +399,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, config in VARIANTS.items():
         yield name, case(128, 4096, 4096, 16, bf16, True, config)
     # Where a card has no such tensor cores, the rule takes the other kernel for the same tokens.
-    for m, n, k in ((192, 14336, 4096), (512, 4096, 4096), (512, 4096, 14336)):
+    for m, n, k in ((192, 14336, 4096), (384, 28672, 4096), (512, 4096, 4096), (512, 4096, 14336)):
         yield f"rule, {m} tokens, [{n}, {k}]", case(m, n, k, 16, bf16, True)
     yield "rule, 512 tokens, rank 64, plain scales, fp16", case(512, 6144, 4096, 64, torch.float16, False)

@@ -32,7 +32,7 @@ BUILD_SECONDS = 22.0
 # An evaluation is a forward without anything kept: about so much of a step's time a token. On a GPU nothing of it is
 # replayed, so that for few tokens the host's launches of a layer count; and so do a step's words to its owner.
 EVALUATION_SHARE = 1 / 3
-EVALUATION_LAUNCHES, LOOP_SECONDS = 22, 0.005
+EVALUATION_LAUNCHES, LOOP_SECONDS = 22, 0.004
 # Tokens by which a micro-batch is rounded up, in the mean.
 ROUNDED_UP = 32
 LEARNT_FROM = 8

@@ -565,10 +565,12 @@ class AdamW(torch.optim.Optimizer):
         self.last_norm: Tensor | None = None
         self._parts: list[list[_Part]] = []
         self._fixed: tuple[Tensor, list[Tensor]] | None = None
+        self._read: tuple[Tensor, list[tuple[dict[str, Any], _Part]]] | None = None  # by grad_norm(), for the next step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        self._read = None
         try:
             _check_group(self.param_groups[-1], self.param_groups[0]["params"])
         except ValueError:
@@ -591,8 +593,9 @@ class AdamW(torch.optim.Optimizer):
     ) -> float | None:
         """One update from the parameters' `.grad`; a parameter without one is left alone, and its step not counted.
 
-        `norm` is what `grad_norm()` returned for these very gradients, to spare reading them again. Without
-        `max_norm` nothing is clipped; a norm that is not finite skips the step all the same.
+        `norm` is what `grad_norm()` returned for these very gradients, to spare reading them and their addresses again:
+        in between they may change in place, and none may be replaced. Without `max_norm` nothing is clipped; a norm
+        that is not finite skips the step all the same.
         """
         loss = None
         if closure is not None:
@@ -607,7 +610,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"norm is {norm.dtype} {tuple(norm.shape)} on {norm.device}, expected what grad_norm() returned"
             )
-        parts = self._collect()
+        read_norm, parts = self._read or (None, [])
+        self._read = None
+        if norm is None or norm is not read_norm:
+            parts = self._collect()
         self.last_norm = self._norm(parts) if norm is None else norm
         for group, part in parts:
             if runs_kernels(part.parameters[0]):
@@ -622,8 +628,7 @@ class AdamW(torch.optim.Optimizer):
         """The 2-norm of all gradients together: 0-dim, fp32 (fp64 for fp64 parameters), on their device."""
         parts = self._collect()
         norm = self._norm(parts)
-        for _, part in parts:
-            part.gradients = []
+        self._read = norm, parts
         return norm
 
     @torch.no_grad()
@@ -680,7 +685,7 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # The states are loose tensors now; `_build` gathers them.
-        self._parts = []
+        self._parts, self._read = [], None
         self.__dict__.setdefault("last_norm", None)
         self.__dict__.setdefault("_fixed", None)
 

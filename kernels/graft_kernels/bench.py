@@ -67,7 +67,7 @@ class Case(NamedTuple):
     providers: dict[str, Provider]
     nbytes: int = 0  # that have to be moved
     flops: int = 0  # that have to be done
-    # Of which provider over which, in parts of BASE. Where it is given, empty or not, all are timed in turns.
+    # Of which provider over which, in parts of BASE. Given, empty or not, all are timed as graphs and in turns.
     overhead: dict[str, str] | None = None
 
 
@@ -126,6 +126,8 @@ def others_of(
     """Forward and backward providers of plain PyTorch, compiled as well unless that is off, and of the peers."""
     makes: dict[str, Callable[[], Function]] = {"eager": lambda: eager}
     if options.compile:
+        # Or a compiled backward, whose buffers it gives away, can run only once.
+        setattr(importlib.import_module("torch._functorch.config"), "donated_buffer", False)  # noqa: B010
         makes["torch.compile"] = lambda: torch.compile(eager)
     makes |= peers
     return (
@@ -439,7 +441,7 @@ def nf4(tokens: int, options: Options) -> Iterator[Case]:
             "bitsandbytes": of_bitsandbytes,
             "unsloth": of_unsloth,
         }
-        yield Case("nf4", f"{n}x{k}", "decode", providers, weight.nbytes + out.nbytes)
+        yield Case("nf4", f"{n}x{k}", "decode", providers, weight.nbytes + out.nbytes, overhead={})
 
 
 def eager_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: Any) -> Tensor:
@@ -457,19 +459,41 @@ def lora_linear(tokens: int, options: Options) -> Iterator[Case]:
     for n, k in ((I, H), (H, I)):
         weight, x = random_nf4(n, k), draw(tokens, k, grad=True)
         inputs = (x, draw(RANK, k, grad=True), draw(n, RANK, grad=True))
-        functions: dict[str, Function] = {
-            f"graft: {way}": partial(_in_order, partial(ours, scale=2.0, way=way), weight)
+        makes: dict[str, Callable[[], Function]] = {
+            f"graft: {way}": partial(partial, _in_order, partial(ours, scale=2.0, way=way), weight)
             for way in linear_ways(x, weight, RANK, 0.0)
         }
-        functions["eager"] = partial(eager_lora, weight=weight)
+        forward, backward = others_of(
+            partial(eager_lora, weight=weight),
+            inputs,
+            options,
+            bitsandbytes=partial(_lora_on_bitsandbytes, n, k),
+            unsloth=partial(_lora_of_unsloth, n, k),
+        )
         shape, flops = f"{tokens}x{n}x{k} rank {RANK}", 2 * tokens * n * k
-        for direction, provider in (("forward", forward_of), ("backward", backward_of)):
-            providers = {name: provider(partial(_same, function), *inputs) for name, function in functions.items()}
+        for direction, provider, others in (("forward", forward_of, forward), ("backward", backward_of, backward)):
+            providers = {name: provider(make, *inputs) for name, make in makes.items()} | others
             yield Case("lora_linear", shape, direction, providers, flops=flops)
 
 
-def _same(function: Function) -> Function:
-    return function
+def quantised_by_bitsandbytes(n: int, k: int) -> tuple[Tensor, Any]:
+    """A weight as the peers hold it: its bytes and their QuantState, doubly quantised."""
+    quantize = peer("bitsandbytes.functional", "quantize_4bit")
+    packed, state = quantize(draw(n, k) * 0.02, quant_type="nf4", compress_statistics=True)
+    return packed, state
+
+
+def _lora_on_bitsandbytes(n: int, k: int) -> Function:
+    """PEFT's order on bitsandbytes' product."""
+    packed, state = quantised_by_bitsandbytes(n, k)
+    product = peer("bitsandbytes", "matmul_4bit")
+    return lambda x, a, b: product(x, packed.t(), quant_state=state) + 2.0 * F.linear(F.linear(x, a), b)
+
+
+def _lora_of_unsloth(n: int, k: int) -> Function:
+    function = peer("unsloth.kernels.fast_lora", "LoRA_W")
+    packed, state = quantised_by_bitsandbytes(n, k)
+    return lambda x, a, b: function.apply(x[None], packed, state, a, b, 2.0)
 
 
 def _in_order(function: Function, weight: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Any:
@@ -490,9 +514,11 @@ def fused_linear(tokens: int, options: Options) -> Iterator[Case]:
 
     for n, k in (((HEADS + 2 * KEY_HEADS) * D, H), (H, H), (2 * I, H), (H, I)):
         weight, x, dy, a, b = random_nf4(n, k), draw(tokens, k), draw(tokens, n), draw(RANK, k), draw(n, RANK)
-        forward = {
+        forward: dict[str, Provider] = {
             "graft": timed(fused_forward, x, weight, a, b, 2.0),
             "eager": timed(eager_product, x, weight, a.t(), b.t(), True),
+            "bitsandbytes": partial(_call_without_gradients, partial(_lora_on_bitsandbytes, n, k), x, a, b),
+            "unsloth": partial(_call_without_gradients, partial(_lora_of_unsloth, n, k), x, a, b),
         }
         backward = {
             "graft": timed(fused_backward_dx, dy, weight, a, b, 2.0),
@@ -501,6 +527,41 @@ def fused_linear(tokens: int, options: Options) -> Iterator[Case]:
         shape, nbytes, flops = f"{tokens}x{n}x{k} rank {RANK}", weight.nbytes + x.nbytes + dy.nbytes, 2 * tokens * n * k
         yield Case("fused_linear", shape, "forward", forward, nbytes, flops, overhead={})
         yield Case("fused_linear", shape, "backward dx", backward, nbytes, flops, overhead={})
+
+
+def _call_without_gradients(make: Callable[[], Function], *inputs: Tensor) -> Call:
+    function = make()
+
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return call
+
+
+def _mlp_of_unsloth(norm: Tensor) -> Function:
+    """The MLP block as Unsloth computes it."""
+    function = peer("unsloth.kernels.fast_lora", "LoRA_MLP")
+    elementwise = [peer("unsloth.kernels.swiglu", name) for name in ("swiglu_fg_kernel", "swiglu_DWf_DW_dfg_kernel")]
+    rms_norm = peer("unsloth.kernels.rms_layernorm", "Fast_RMS_Layernorm")
+    weights = [quantised_by_bitsandbytes(n, k) for n, k in ((I, H), (I, H), (H, I))]
+
+    def call(x: Tensor, *ab: Tensor) -> Any:
+        parts = [part for i, held in enumerate(weights) for part in (*held, ab[2 * i], ab[2 * i + 1], 2.0)]
+        return function.apply(rms_norm.apply(x[None], norm, EPS, False), *parts, *elementwise, False)
+
+    return call
+
+
+def _mlp_on_bitsandbytes(norm: Tensor) -> Function:
+    """The MLP block in PEFT's order on bitsandbytes' products."""
+    gate, up, down = (_lora_on_bitsandbytes(n, k) for n, k in ((I, H), (I, H), (H, I)))
+
+    def call(x: Tensor, *ab: Tensor) -> Tensor:
+        y = eager_rms_norm(x, norm)
+        return down(eager_swiglu(gate(y, *ab[:2]), up(y, *ab[2:4])), *ab[4:])  # type: ignore[no-any-return]
+
+    return call
 
 
 def lora_blocks(tokens: int, options: Options) -> Iterator[Case]:
@@ -533,10 +594,10 @@ def lora_blocks(tokens: int, options: Options) -> Iterator[Case]:
 
     inputs = [part.clone().requires_grad_() for part in (x, *adapters)]
     shape, flops = f"MLP {tokens}x{H}x{I} rank {RANK}", 6 * tokens * H * I
-    providers = {"graft": timed(forward), "eager": forward_of(lambda: eager, *inputs)}
-    yield Case("lora_blocks", shape, "forward", providers, flops=flops)
-    providers = {"graft": backward, "eager": backward_of(lambda: eager, *inputs)}
-    yield Case("lora_blocks", shape, "backward", providers, flops=flops)
+    of_bitsandbytes, of_unsloth = partial(_mlp_on_bitsandbytes, norm.weight), partial(_mlp_of_unsloth, norm.weight)
+    forwards, backwards = others_of(eager, inputs, options, bitsandbytes=of_bitsandbytes, unsloth=of_unsloth)
+    yield Case("lora_blocks", shape, "forward", {"graft": timed(forward)} | forwards, flops=flops)
+    yield Case("lora_blocks", shape, "backward", {"graft": backward} | backwards, flops=flops)
 
 
 def lora_overhead(tokens: int, options: Options) -> Iterator[Case]:
@@ -812,9 +873,8 @@ def captured(call: Call) -> Call:
 
 
 def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, float, float]]:
-    """As `milliseconds`, for all of `calls` in rounds, so that times to be subtracted saw the same clocks."""
+    """As `milliseconds`, for all of `calls` (graphs) in rounds: times to be subtracted have seen the same clocks."""
     cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=DEVICE)
-    replays = {name: captured(call) for name, call in calls.items()}
     names, times = list(calls), {name: list[float]() for name in calls}
     for turn in range(8 if quick else 25):
         for _ in range(2 * len(names)):  # for the host to get ahead of the card
@@ -824,7 +884,7 @@ def in_turns(calls: dict[str, Call], quick: bool) -> dict[str, tuple[float, floa
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             cache.zero_()
             start.record()
-            replays[name]()
+            calls[name]()
             end.record()
             events.append((name, start, end))
         torch.cuda.synchronize()
@@ -916,14 +976,11 @@ def _together(case: Case, quick: bool) -> list[tuple[str, Times]]:
     found: dict[str, Times] = {}
     for name, prepare in case.providers.items():
         try:
-            call = prepare()
-            call()
+            calls[name] = captured(prepare())
         except NotInstalled:
             continue
         except Exception as error:
             found[name] = _failure(error)
-        else:
-            calls[name] = call
     found |= in_turns(calls, quick)
     calls.clear()
     gc.collect()

@@ -368,8 +368,12 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
     steps = gl.cdiv(sum_size, STEP)
     total = tiles_m * gl.cdiv(out_size, BLOCK_O) * steps
     programs = gl.num_programs(0)
-    at = gl.program_id(0) * total // programs
-    end = (gl.program_id(0) + 1) * total // programs
+    if CUT:
+        at = (gl.program_id(0).to(gl.int64) * total // programs).to(gl.int32)
+        end = ((gl.program_id(0).to(gl.int64) + 1) * total // programs).to(gl.int32)
+    else:
+        at = gl.program_id(0) * steps
+        end = at + steps
     done = 0  # tiles of the input so far, over all parts: which place in shared memory comes next
     while at < end:
         # The next part: `count` steps of a tile from `first` on. The tiles of M are neighbours: they decode the same
@@ -377,8 +381,10 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         tile = at // steps
         first = at % steps
         count = gl.minimum(steps - first, end - at)
-        m0 = tile % tiles_m * BLOCK_M
         o0 = tile // tiles_m * BLOCK_O
+        own_m = tile % tiles_m * BLOCK_M
+        # Where tokens are left for less than a tile, it begins before them: rows outside are slow to copy.
+        m0 = gl.minimum(own_m, gl.maximum(M - BLOCK_M, 0))
         # All warps are done with what the part before left in shared memory.
         hopper.fence_async_shared()
         barrier()
@@ -425,9 +431,9 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         if CUT:  # noqa: SIM102 (a constant: without it, what follows is not compiled)
             if count < steps:
                 # A part. The programs that share the tile are those with its first and its last step, and all between.
-                begin = tile * steps
-                first_program = ((begin + 1) * programs - 1) // total
-                parts = ((begin + steps) * programs - 1) // total - first_program + 1
+                begin = (tile * steps).to(gl.int64)
+                first_program = (((begin + 1) * programs - 1) // total).to(gl.int32)
+                parts = (((begin + steps) * programs - 1) // total).to(gl.int32) - first_program + 1
                 cell_o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
                 cell_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
                 cell_ptrs = parts_ptr + cell_o[:, None] * BLOCK_M + cell_m[None, :]
@@ -462,7 +468,7 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
             m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
             o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, OUT))
             out_ptrs = out_ptr + m.to(gl.int64)[:, None] * stride_out + o[None, :]
-            gl.store(out_ptrs, turned.load(OUT), mask=(m < M)[:, None] & (o < out_size)[None, :])
+            gl.store(out_ptrs, turned.load(OUT), mask=((m >= own_m) & (m < M))[:, None] & (o < out_size)[None, :])
 
 
 def low_rank_parts(in_: Tensor, down_jR: Tensor, arrivals: Tensor | None = None) -> Tensor:

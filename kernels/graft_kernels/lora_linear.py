@@ -227,7 +227,7 @@ def _weight_and_adapters_kernel(  # type: ignore[no-untyped-def]
     blocks_per_row, out_stride, adapter_programs,
     a0, b0, a1, b1, a2, b2, a_out, b_out,
     N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
-    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The adapters, by the first programs, whose loops are then hidden behind the others; those decode the weights."""
@@ -245,7 +245,7 @@ def _weight_and_adapters_kernel(  # type: ignore[no-untyped-def]
             packed1, absmax1, code2_1, absmax2_1, offset1,
             packed2, absmax_2, code2_2, absmax2_2, offset2,
             code, out, num_blocks0, num_blocks1, num_blocks2, programs0, programs1, start1, start2,
-            blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS, TILES,
+            blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS, TILES, LANES,
         )  # fmt: skip
 
 

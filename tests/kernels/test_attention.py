@@ -424,12 +424,14 @@ def test_strided_operands_are_as_good_as_contiguous_ones() -> None:
         q, k, v = (x.unflatten(-1, (-1, d)) for x in qkv.split([hq * d, hk * d, hk * d], dim=-1))
         dout = torch.randn(2, 21, hq, d, dtype=dtype)
         for backend in available_backends(q, k):
-            plain = computed(*(x.contiguous() for x in (q, k, v, dout)), backend=backend, deterministic=True)
-            out, saved = attention_forward(q, k, v, backend=backend, deterministic=True)
+            deterministic = backend in available_backends(q, k, deterministic=True)
+            options = {"backend": backend, "deterministic": deterministic}
+            plain = computed(*(x.contiguous() for x in (q, k, v, dout)), **options)
+            out, saved = attention_forward(q, k, v, **options)
             assert saved.tensors[0].data_ptr() == q.data_ptr(), "a column slice is taken as it is"
             agree([out, *attention_backward(dout, saved)], [x.cpu().double() for x in plain], dtype, backend)
             turned = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]  # the last dimension strided
-            out, saved = attention_forward(*turned, backend=backend, deterministic=True)
+            out, saved = attention_forward(*turned, **options)
             spread = dout.transpose(1, 2).contiguous().transpose(1, 2)
             agree([out, *attention_backward(spread, saved)], [x.cpu().double() for x in plain], dtype, backend)
 

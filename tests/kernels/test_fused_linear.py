@@ -153,6 +153,7 @@ def test_on_hopper_every_cut_is_the_float64_product(variant: str, device: str) -
         check(257, 128, 192, 3, dtype, HOPPER[variant], nested=False, bias=True)
         check(1, 320, 64, 64, dtype, HOPPER[variant], nested=True, bias=True)
         check(512, 64, 4096, 0, dtype, HOPPER[variant], nested=True)
+        check(600, 192, 4160, 48, dtype, HOPPER[variant], nested=True)
 
 
 @pytest.mark.parametrize("variant", HOPPER)
@@ -178,6 +179,17 @@ def test_on_hopper_every_run_gives_the_same_bits(variant: str, device: str) -> N
     for function in (fused_forward, fused_backward_dx):
         first = function(x, weight, a, b, config=HOPPER[variant])
         assert all(torch.equal(function(x, weight, a, b, config=HOPPER[variant]), first) for _ in range(20))
+
+
+def test_on_hopper_a_tile_each_is_the_same_product_for_thousands_of_tiles(device: str) -> None:
+    if refuses_hopper(device, "a tile each"):
+        return
+    # 8,192 programs of 64 steps: their product with all steps is beyond an int32.
+    weight, dy = random_weight(4096, 16384), torch.randn(16384, 4096).bfloat16()
+    dx = fused_backward_dx(dy, weight, config=HOPPER["a tile each"])
+    rows = torch.tensor([0, 255, 256, 9000, 16383])
+    expected = dy[rows].double() @ decode(weight, torch.bfloat16).double()
+    assert distance(dx[rows], expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

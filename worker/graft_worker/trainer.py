@@ -351,16 +351,24 @@ def train(
             return
 
         # Steps
-        order_epoch, order = -1, list[int]()
+        orders: dict[int, list[int]] = {}
+
+        def cut(step: int) -> tuple[list[Row], list[MicroBatch]]:
+            """The rows of a step, counted from 0, and its micro-batches, on the CPU."""
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            if epoch not in orders:
+                orders.clear()
+                orders[epoch] = epoch_order(len(rows), recipe.seed, epoch)
+            step_rows = rows_of_step(rows, orders[epoch], step_in_epoch, recipe.batch_size)
+            return step_rows, list(batching.micro_batches(step_rows, pad_token_id(base)))
+
+        ahead: tuple[list[Row], list[MicroBatch]] | None = None
         paces: list[tuple[float, int]] = []  # seconds and tokens of each step
         while (progress.step < total_steps or progress.pending is not None) and not progress.stopped_early:
             started = time.monotonic()
             generators = checkpoint.generators(device)
             if progress.pending is None:
-                epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
-                if epoch != order_epoch:
-                    order_epoch, order = epoch, epoch_order(len(rows), recipe.seed, epoch)
-                step_rows = rows_of_step(rows, order, step_in_epoch, recipe.batch_size)
+                step_rows, batches = cut(progress.step) if ahead is None else ahead
                 num_trained = sum(row.num_trained for row in step_rows)
                 learning_rate = learning_rate_at(progress.step, total_steps, recipe)
                 step = progress.step + 1
@@ -368,16 +376,16 @@ def train(
                 with _memory_guard(f"step {step}", recipe):
                     network.clear_gradients()
                     totals = torch.zeros(2, dtype=torch.float64, device=device)
-                    left = len(batching.compose([len(row.input_ids) for row in step_rows]))
-                    for batch in batching.micro_batches(step_rows, pad_token_id(base)):
+                    for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
                         part = network.accumulate(batch.to(device), num_trained)
                         totals += torch.stack([each.double() for each in part])
                         yield from saver.poll()
-                        left -= 1
                         if interrupted() and left and (reason := should_stop()):
                             yield from stop(reason, generators)
                             return
                     norm = optimizer.grad_norm()
+                    # While a GPU computes; it would have to wait for that between two steps.
+                    ahead = cut(step) if step < total_steps else None
                     # The one place of a step where a GPU is waited for.
                     loss_total, correct_total, grad_norm = torch.cat((totals, norm.double()[None])).tolist()
                     if not (math.isfinite(loss_total) and math.isfinite(grad_norm)):

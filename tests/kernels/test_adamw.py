@@ -190,6 +190,33 @@ def test_the_norm_is_over_all_groups_and_leaves_the_gradients_alone() -> None:
     assert same_bits(ours, parameters)
 
 
+@pytest.mark.parametrize("between", ["nothing", "gradients in place", "a step", "a loaded state", "another group"])
+def test_a_norm_that_was_read_goes_with_the_gradients_of_its_step_alone(between: str) -> None:
+    ours, theirs = parameters_of(SIZES), parameters_of(SIZES)
+    optimizer, other = AdamW(ours, lr=1e-2), AdamW(theirs, lr=1e-2)
+    give_gradients(0, ours, theirs)
+    norm = optimizer.grad_norm()
+    for each, parameters in ((optimizer, ours), (other, theirs)):
+        if between == "gradients in place":
+            for p in parameters:
+                assert p.grad is not None
+                p.grad *= 0.5
+        elif between == "a step":
+            each.step(norm=norm)
+            give_gradients(1, parameters)  # new tensors
+        elif between == "a loaded state":
+            each.load_state_dict(copy.deepcopy(each.state_dict()))
+        elif between == "another group":
+            torch.manual_seed(3)
+            added = nn.Parameter(torch.randn(7))
+            added.grad = torch.ones(7)
+            each.add_param_group({"params": [added]})
+            parameters.append(added)
+    optimizer.step(max_norm=1.0, norm=norm)  # the tensor itself: what was read for it is at hand
+    other.step(max_norm=1.0, norm=norm.clone())  # as large, and read by nobody
+    assert same_bits(ours, theirs)
+
+
 def test_every_group_goes_by_its_own_numbers() -> None:
     ours = parameters_of(SIZES)
     theirs = twins(ours)

@@ -623,15 +623,17 @@ def linear_ways(x: Tensor, weight: NF4Weight | Tensor, rank: int, dropout: float
 def linear_way(x: Tensor, weight: NF4Weight | Tensor, rank: int, dropout: float = 0.0) -> str:
     """Which way `lora_linear` takes for x [..., K]: "reference", "fused" or "columns".
 
-    On a card, NF4 weights take the fused kernel up to as many tokens as were measured to be worth it on this card
-    (`tuned.json`: "fused_up_to"; 128 on a card nobody has measured), and the extra columns above. A dense weight lies
-    in no buffer with room for columns beside it and takes the library's products as they are.
+    On a card, NF4 weights take the fused kernel for the numbers of tokens for which it was measured to be ahead on this
+    card (`tuned.json`: from the first to the last of each range; up to 128 on a card nobody has measured), and the
+    extra columns otherwise. A dense weight lies in no buffer with room for columns beside it and takes the library's
+    products as they are.
     """
     if not isinstance(weight, NF4Weight) or not runs_kernels(x, weight.packed):
         return "reference"
     ways = linear_ways(x, weight, rank, dropout)
     tokens = x.numel() // x.shape[-1]
-    if "fused" in ways and tokens <= tuned("lora_linear", x.device).get("fused_up_to", 128):
+    ranges = tuned("lora_linear", x.device).get("fused", [[0, 128]])
+    if "fused" in ways and any(first <= tokens <= last for first, last in ranges):
         return "fused"
     return "columns"
 

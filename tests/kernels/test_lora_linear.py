@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from graft_kernels.launch import INTERPRETED
 from graft_kernels.lora_linear import (
     Linear,
     extend,
+    linear_way,
     linear_ways,
     lora_linear,
     lora_linear_reference,
@@ -100,6 +105,29 @@ def test_gradcheck_in_float64(dense: bool, dropout: float) -> None:
 
     assert torch.autograd.gradcheck(function, (x, lora_a, lora_b))
     assert torch.autograd.gradcheck(reference, (x, lora_a, lora_b))
+
+
+def test_the_way_is_the_one_that_was_measured_to_be_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"fused": [[1, 256], [384, 512]]}
+    module = importlib.import_module("graft_kernels.lora_linear")
+    weight = nf4(64, 64)
+    monkeypatch.setattr(module, "runs_kernels", lambda *tensors: True)
+    monkeypatch.setattr(module, "fused_supported", lambda x, weight, rank: rank <= 256)
+
+    def ways(table: dict[str, Any], **options: Any) -> list[str]:
+        monkeypatch.setattr(module, "tuned", lambda op, device: table)
+        given = {"weight": weight, "rank": 16} | options
+        return [linear_way(torch.empty(1, tokens, 64), **given) for tokens in (1, 128, 129, 256, 257, 384, 512, 513)]
+
+    assert ways(measured) == [*["fused"] * 4, "columns", *["fused"] * 2, "columns"]
+    assert ways({}) == [*["fused"] * 2, *["columns"] * 6]
+    assert ways(measured, dropout=0.1) == ways(measured, rank=300) == ["columns"] * 8
+    assert ways(measured, weight=torch.randn(64, 64)) == ["reference"] * 8
+    # What is checked in is of that kind.
+    for card, ops in json.loads(resources.files("graft_kernels").joinpath("tuned.json").read_text()).items():
+        ranges = ops["lora_linear"]["fused"]
+        assert ranges == sorted(ranges), card
+        assert all(1 <= first <= last for first, last in ranges), card
 
 
 def test_without_an_adapter_it_is_the_frozen_layer() -> None:

@@ -537,7 +537,7 @@ def _foreign(start: bytes) -> _Faults:
         faults.add(
             "",
             "not_jsonl",
-            f"this is a {kind} table with the columns {', '.join(names)[:NAME_SHOWN]}, not JSON lines.",
+            f"this is a {kind} table with the columns {_printable(', '.join(names)[:NAME_SHOWN])}, not JSON lines.",
             'Write one object a line, such as {"prompt": "...", "completion": "..."}: '
             f"`pandas.{reader}(path).to_json(out, orient='records', lines=True, force_ascii=False)`.",
         )
@@ -551,10 +551,10 @@ def _columns(start: bytes) -> tuple[str, list[str]] | None:
         return None
     for delimiter, kind in ((",", "CSV"), (";", "CSV"), ("\t", "TSV")):
         try:
-            names = next(csv.reader([line], delimiter=delimiter), [])
+            names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
         except csv.Error:
             continue
-        if len(names) > 1 and all(_COLUMN.fullmatch(name.strip()) for name in names):
+        if len(names) > 1 and all(map(_COLUMN.fullmatch, names)):
             return kind, names
     return None
 

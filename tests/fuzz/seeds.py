@@ -60,6 +60,7 @@ _BYTES = [
     ),
     *(b'["\xed\xa0\x80"]', b'["\xc0\xaf"]', b"\x00", b"PK\x03\x04", b"\x1f\x8b\x08", b"PAR1", b"<html>", b"a,b\n1,2\n"),
     b'"prompt";"completion"\n"a";"b"',
+    b"T\t;F",
     b"x" * 3000,
     b'{"messages": "' + b"x" * 3000 + b'"}\n{}',
 ]

@@ -145,6 +145,15 @@ def test_health_needs_no_key(service: Service) -> None:
     assert (http.get("/healthz").status_code, http.get("/readyz").status_code) == (200, 200)
 
 
+def test_whoever_opens_the_address_without_a_key_reads_what_answers_there(service: Service) -> None:
+    http = service.stranger()
+    answer = http.get("/")
+    assert answer.status_code == 200
+    for named in ("/openapi.json", "/docs"):
+        assert named in answer.json()["message"]
+        assert http.get(named).status_code == 200
+
+
 # -- every route --------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +250,7 @@ def test_no_route_is_served_beyond_the_document(world: World) -> None:
     assert len(ours) >= 18
     assert {("get" if method == "head" else method, path) for method, path in ours} == set(routes())
     assert {path for _, path in served if not path.startswith("/v1")} == {
-        *("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
+        *("/", "/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
     }
     for method, path in ours:
         if method == "head":

@@ -301,7 +301,8 @@ def test_a_nul_in_a_query_is_no_question(http: TestClient) -> None:
 
 def test_an_unknown_url_and_method_answer_in_the_envelope(http: TestClient) -> None:
     assert refusal(http.get("/v1/nothing")) == (404, "unknown_url", None)
-    assert refusal(http.get("/")) == (404, "unknown_url", None)
+    assert refusal(http.get("/v2")) == (404, "unknown_url", None)
+    assert refusal(http.post("/")) == (405, "method_not_allowed", None)
     answer = http.put("/v1/files", content=b"x")
     assert refusal(answer) == (405, "method_not_allowed", None)
     assert "allow" in answer.headers

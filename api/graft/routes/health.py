@@ -1,4 +1,5 @@
-"""`/healthz`: the process answers. `/readyz`: it can work, because the database answers and has the right schema."""
+"""`/`: what this is. `/healthz`: the process answers. `/readyz`: it can work, because the database answers and has the
+right schema."""
 
 from __future__ import annotations
 
@@ -9,6 +10,15 @@ from graft.deps import ServiceDep
 from graft.errors import ConfigurationError
 
 router = APIRouter(tags=["health"])
+
+
+@router.get("/")
+async def what_this_is() -> dict[str, str]:
+    """For whoever opens the address that the server printed."""
+    return {
+        "message": "This is Graft, which fine-tunes models through OpenAI's API. It is under /v1 and wants the key "
+        "that the first start printed; every route is described in /openapi.json, and in a browser at /docs."
+    }
 
 
 @router.get("/healthz")

@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,29 +74,29 @@ class Case:
     told: Row = field(default_factory=dict)
 
 
-class Contender:
+class Contender(ABC):
     """One way to train, its model loaded."""
 
     load_seconds: float
+    attempts = 1
 
+    @abstractmethod
     def padded(self, batch: int, sequence: int, cap: float | None, attempt: int) -> Case:
         """Steps of `batch` rows of `sequence` random tokens, in at most `cap` GiB where that is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chat(self, lengths: Sequence[Sequence[int]]) -> Iterator[Case]:
         """Steps of chat samples of these lengths, one entry a step; the cases share one model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def curve(
         self, rows: Sequence[Any], held_out: Sequence[Any], steps: int, initial: Path
     ) -> tuple[list[float], float]:
         """The loss of every step on `rows`, in turn, and that of `held_out` at the end. Graft writes `initial`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Let go of what a case that failed may have left behind."""
-
-    attempts = 1
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------

@@ -532,30 +532,33 @@ def _foreign(start: bytes) -> _Faults:
     elif b"\x00" in start[:4]:
         faults.add("", "not_jsonl", "this is UTF-16 text or binary data, not JSON lines.", "Save it as UTF-8 text.")
     elif columns := _columns(start):
-        kind, names = columns
-        reader = "read_table" if kind == "TSV" else "read_csv"
+        kind, names, reader = columns
         faults.add(
             "",
             "not_jsonl",
             f"this is a {kind} table with the columns {_printable(', '.join(names)[:NAME_SHOWN])}, not JSON lines.",
             'Write one object a line, such as {"prompt": "...", "completion": "..."}: '
-            f"`pandas.{reader}(path).to_json(out, orient='records', lines=True, force_ascii=False)`.",
+            f"`pandas.{reader}.to_json(out, orient='records', lines=True, force_ascii=False)`.",
         )
     return faults
 
 
-def _columns(start: bytes) -> tuple[str, list[str]] | None:
-    """CSV or TSV, and the names in its first line, if that is what the file begins with."""
+def _columns(start: bytes) -> tuple[str, list[str], str] | None:
+    """CSV or TSV, the names in its first line, and pandas' way to read it, if that is what the file begins with."""
     line = start[:4096].removeprefix(_BYTE_ORDER_MARK).lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
     if line.startswith(("{", "[")):
         return None
-    for delimiter, kind in ((",", "CSV"), (";", "CSV"), ("\t", "TSV")):
+    for delimiter, kind, reader in (
+        (",", "CSV", "read_csv(path)"),
+        (";", "CSV", "read_csv(path, sep=';')"),
+        ("\t", "TSV", "read_table(path)"),
+    ):
         try:
             names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
         except csv.Error:
             continue
         if len(names) > 1 and all(map(_COLUMN.fullmatch, names)):
-            return kind, names
+            return kind, names, reader
     return None
 
 

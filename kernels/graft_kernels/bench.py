@@ -126,8 +126,6 @@ def others_of(
     """Forward and backward providers of plain PyTorch, compiled as well unless that is off, and of the peers."""
     makes: dict[str, Callable[[], Function]] = {"eager": lambda: eager}
     if options.compile:
-        # Or a compiled backward, whose buffers it gives away, can run only once.
-        setattr(importlib.import_module("torch._functorch.config"), "donated_buffer", False)  # noqa: B010
         makes["torch.compile"] = lambda: torch.compile(eager)
     makes |= peers
     return (
@@ -1025,6 +1023,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("graft_kernels.bench needs a CUDA card, and torch finds none.", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    # Or a compiled backward, whose buffers it gives away, can run only once.
+    setattr(importlib.import_module("torch._functorch.config"), "donated_buffer", False)  # noqa: B010
     rates, known = ceilings(parsed.quick), facts()
     print(" · ".join(f"{name} {value}" for name, value in known.items()))
     print(f"copies {rates[0] / 1e9:.2f} TB/s (read + write), multiplies {rates[1] / 1e9:.0f} TFLOP/s in bf16\n")

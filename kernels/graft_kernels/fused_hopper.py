@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from graft_kernels.launch import AVAILABLE, cdiv, launch, next_power_of_2, tl, triton
-from graft_kernels.nf4 import NF4Weight, code_table
+from graft_kernels.nf4 import NF4Weight, code_by_lane, code_table, looked_up
 
 # Tokens of a program that makes a part of S, and how many of them a card works on well.
 _LOW_RANK_BLOCK_M = 16
@@ -102,40 +102,20 @@ def _low_rank_parts_kernel(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _code_by_lane(code_ptr, any_number):  # type: ignore[no-untyped-def]
-    """The code value that this lane keeps for `_looked_up`: a scalar to Gluon, and another one in every lane."""
-    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [any_number], gl.int32, is_pure=True, pack=1)
-    return gl.load(code_ptr + (lane & 15))
-
-
-@gluon.jit
-def _looked_up(code_by_lane, nibbles):  # type: ignore[no-untyped-def]
-    """The code values of the low four bits of `nibbles`: the shuffle stays within 16 lanes and ignores higher bits."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
-        "=f,f,r",
-        [code_by_lane, nibbles],
-        gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _decoded_operand(  # type: ignore[no-untyped-def]
-    words, absmax, code_by_lane, shift, rows: gl.constexpr, OPERAND: gl.constexpr, dtype: gl.constexpr
+    words, absmax, code_of_lane, shift, rows: gl.constexpr, OPERAND: gl.constexpr, dtype: gl.constexpr
 ):  # fmt: skip
     """[rows, 64] as the tensor cores' left operand, from words [rows, 8]; a thread takes the byte at `shift`."""
     octets = gl.expand_dims(words, 2) >> shift
     # Bytes rising, high nibble first; `join` keeps both in their thread.
     nibbles = gl.reshape(gl.join(octets >> 4, octets), (rows, 64))
-    code = _looked_up(code_by_lane, gl.convert_layout(nibbles, OPERAND))
+    code = looked_up(code_of_lane, gl.convert_layout(nibbles, OPERAND), True)
     return (code * gl.expand_dims(absmax, 1)).to(dtype)
 
 
 @gluon.jit
 def _decoded_tile(  # type: ignore[no-untyped-def]
-    words, absmax, code_by_lane, rows: gl.constexpr, columns: gl.constexpr, RUN: gl.constexpr, dtype: gl.constexpr
+    words, absmax, code_of_lane, rows: gl.constexpr, columns: gl.constexpr, RUN: gl.constexpr, dtype: gl.constexpr
 ):  # fmt: skip
     """[rows, columns] from words [rows, columns/8] and the scales of the runs that a thread decodes."""
     PER: gl.constexpr = RUN.size_per_thread[2]
@@ -143,7 +123,7 @@ def _decoded_tile(  # type: ignore[no-untyped-def]
     halves = gl.join(words, words >> 16)
     quarters = gl.join(halves, halves >> 8)
     nibbles = gl.reshape(gl.join(quarters >> 4, quarters), (rows, columns // PER, PER))
-    code = _looked_up(code_by_lane, gl.convert_layout(nibbles, RUN, assert_trivial=True))
+    code = looked_up(code_of_lane, gl.convert_layout(nibbles, RUN, assert_trivial=True), True)
     return gl.reshape((code * gl.expand_dims(absmax, 2)).to(dtype), (rows, columns))
 
 
@@ -199,7 +179,7 @@ def _arrival(arrived, at, inside, STAGES: gl.constexpr):  # type: ignore[no-unty
 
 @gluon.jit
 def _multiplied_from_registers(  # type: ignore[no-untyped-def]
-    acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane, offset,
+    acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane, offset,
     m0, o0, first, count, done, out_size, sum_size, row_blocks,
     NESTED: gl.constexpr, MMA: gl.constexpr, BLOCK_O: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -240,7 +220,7 @@ def _multiplied_from_registers(  # type: ignore[no-untyped-def]
     block += 4
     _arrival(arrived, done, True, STAGES)
     words = w_shared.index(done % STAGES).load(WORDS)
-    w0 = _decoded_operand(words, absmax0, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+    w0 = _decoded_operand(words, absmax0, code_of_lane, shift, BLOCK_O, OPERAND, dtype)
     w1 = gl.zeros((BLOCK_O, 64), dtype, OPERAND)
     for i in range(count):
         for half in gl.static_range(2):
@@ -265,9 +245,9 @@ def _multiplied_from_registers(  # type: ignore[no-untyped-def]
             _arrival(arrived, here + 1, tile + 1 < copies, STAGES)
             words = w_shared.index((here + 1) % STAGES).load(WORDS)
             if half == 0:
-                w1 = _decoded_operand(words, absmax, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+                w1 = _decoded_operand(words, absmax, code_of_lane, shift, BLOCK_O, OPERAND, dtype)
             else:
-                w0 = _decoded_operand(words, absmax, code_by_lane, shift, BLOCK_O, OPERAND, dtype)
+                w0 = _decoded_operand(words, absmax, code_of_lane, shift, BLOCK_O, OPERAND, dtype)
             absmax, index2, scale2 = later_absmax, index3, scale3
             index3, scale3 = index4, scale4
             block += 1
@@ -277,7 +257,7 @@ def _multiplied_from_registers(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _multiplied_from_shared(  # type: ignore[no-untyped-def]
-    acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane,
+    acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane,
     offset, m0, o0, first, count, done, out_size, row_blocks,
     NESTED: gl.constexpr, BLOCK_O: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -311,7 +291,7 @@ def _multiplied_from_shared(  # type: ignore[no-untyped-def]
     block += 4 * block_step
     _arrival(arrived, done, True, STAGES)
     words = w_shared.index(done % STAGES).load(WORDS)
-    tiles_shared.index(done % 3).store(_decoded_tile(words, absmax0, code_by_lane, 64, BLOCK_O, RUN, dtype))
+    tiles_shared.index(done % 3).store(_decoded_tile(words, absmax0, code_of_lane, 64, BLOCK_O, RUN, dtype))
     for i in range(count):
         here = done + i
         hopper.fence_async_shared()
@@ -328,7 +308,7 @@ def _multiplied_from_shared(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         _arrival(arrived, here + 1, i + 1 < count, STAGES)
         words = w_shared.index((here + 1) % STAGES).load(WORDS)
-        tiles_shared.index((here + 1) % 3).store(_decoded_tile(words, absmax, code_by_lane, 64, BLOCK_O, RUN, dtype))
+        tiles_shared.index((here + 1) % 3).store(_decoded_tile(words, absmax, code_of_lane, 64, BLOCK_O, RUN, dtype))
         absmax, index2, scale2 = later_absmax, index3, scale3
         index3, scale3 = index4, scale4
         block += block_step
@@ -361,7 +341,7 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         hopper.mbarrier.init(arrived.index(stage), count=1)
     hopper.fence_async_shared()
     offset = gl.load(offset_ptr) if NESTED else 0.0
-    code_by_lane = _code_by_lane(code_ptr, M)
+    code_of_lane = code_by_lane(code_ptr, M, True)
 
     # This program's stretch of all steps.
     tiles_m = gl.cdiv(M, BLOCK_M)
@@ -392,12 +372,12 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         if BACKWARD:
             acc = _multiplied_from_shared(
                 acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr,
-                code_by_lane, offset, m0, o0, first, count, done, out_size, row_blocks,
+                code_of_lane, offset, m0, o0, first, count, done, out_size, row_blocks,
                 NESTED, BLOCK_O, STAGES,
             )  # fmt: skip
         else:
             acc = _multiplied_from_registers(
-                acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_by_lane,
+                acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane,
                 offset, m0, o0, first, count, done, out_size, sum_size, row_blocks,
                 NESTED, MMA, BLOCK_O, STAGES,
             )  # fmt: skip

@@ -220,8 +220,8 @@ def load_absmax(absmax, code2, absmax2, offset, block, mask, NESTED: tl.constexp
 
 
 @triton.jit
-def _code_by_lane(code, any_number, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `_looked_up` takes: with LANES the value that this lane keeps, to Triton a scalar, and another in each."""
+def code_by_lane(code, any_number, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `looked_up` takes: with LANES the value that this lane keeps, to Triton a scalar, and another in each."""
     if LANES:
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [any_number], tl.int32, is_pure=True, pack=1)
         code = tl.load(code + (lane & 15))
@@ -229,7 +229,7 @@ def _code_by_lane(code, any_number, LANES: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _looked_up(code, nibbles, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+def looked_up(code, nibbles, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     """The code values of the low four bits of `nibbles`.
 
     With LANES by a shuffle within 16 lanes, which ignores higher bits: 10 % faster to decode than by loads, although
@@ -256,8 +256,8 @@ def _decode_tile(  # type: ignore[no-untyped-def]
     byte_at = block.to(tl.int64)[:, None] * (BLOCKSIZE // 2) + half[None, :]
     byte = tl.load(packed + byte_at, mask=mask[:, None], other=0).to(tl.int32)
     a = load_absmax(absmax, code2, absmax2, offset, block, mask, NESTED)[:, None]
-    high = _looked_up(code, byte >> 4, LANES) * a
-    low = _looked_up(code, byte, LANES) * a
+    high = looked_up(code, byte >> 4, LANES) * a
+    low = looked_up(code, byte, LANES) * a
     values = tl.reshape(tl.join(high, low), (BLOCKS, BLOCKSIZE))
     row = block // blocks_per_row
     start = row.to(tl.int64) * out_stride + (block - row * blocks_per_row) * BLOCKSIZE
@@ -281,7 +281,7 @@ def decode_part(  # type: ignore[no-untyped-def]
     Whole blocks, none of which straddles two rows (K % blocksize == 0): TILES tiles of BLOCKS blocks. Two tiles keep
     more bytes in flight than one of twice the size.
     """
-    code = _code_by_lane(code, num_blocks0, LANES)
+    code = code_by_lane(code, num_blocks0, LANES)
     for tile in tl.static_range(TILES):
         if program < programs0:
             first = (program * TILES + tile) * BLOCKS

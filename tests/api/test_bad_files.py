@@ -93,6 +93,7 @@ REFUSED = [
     Refused("parquet.jsonl", b"PAR1\x15\x04\x15\x10", 1, "not_jsonl", "to_json(out, orient='records', lines=True"),
     Refused("data.arrow", b"ARROW1\x00\x00", 1, "not_jsonl", "Arrow"),
     Refused("train.csv", b"prompt,completion\nHi,Hello\n", 1, "not_jsonl", "read_csv"),
+    Refused("export.csv", b"prompt;completion\nHi;Hello\n", 1, "not_jsonl", "read_csv(path, sep=';')"),
     Refused(
         "csv.jsonl", b'\xef\xbb\xbf"prompt";"completion"\r\n"Hi";"Hello"\r\n', 1, "not_jsonl", "prompt, completion"
     ),

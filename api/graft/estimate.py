@@ -141,7 +141,7 @@ class Learnt:
     """From jobs that finished on such a device with such a base model, medians over `jobs` of them.
 
     `startup_seconds` is known for those that found the base model in memory (True), for others, for both or for
-    neither; `factor` is how much longer than predicted steps and evaluations took. The first job of a machine builds
+    neither; `factor` is how much longer than predicted steps and evaluations took. On a GPU the first job builds
     kernels and fills caches all along, so where there are jobs that found the base model in memory, they alone count.
     """
 
@@ -151,7 +151,7 @@ class Learnt:
     jobs: int = 0
 
     @classmethod
-    def from_jobs(cls, finished: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Learnt:
+    def from_jobs(cls, finished: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], *, on_gpu: bool) -> Learnt:
         """Of (estimate, measured) pairs, the newest first, as they stand in the jobs' rows."""
         pairs = [(e, m) for e, m in finished if e.get("raw_seconds") and "storing_seconds" in m][:LEARNT_FROM]
         if not pairs:
@@ -161,7 +161,7 @@ class Learnt:
             for warm in (False, True)
             if (found := [m["startup_seconds"] for _, m in pairs if m["was_warm"] is warm])
         }
-        usual = [pair for pair in pairs if pair[1]["was_warm"]] or pairs
+        usual = [pair for pair in pairs if pair[1]["was_warm"] or not on_gpu] or pairs
         return cls(
             startup_seconds=startup,
             storing_seconds=statistics.median(m["storing_seconds"] for _, m in usual),

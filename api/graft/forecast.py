@@ -74,7 +74,7 @@ def devices(session: Session, heartbeat_seconds: float) -> list[Device]:
     return found or [REFERENCE]
 
 
-def learnt_from(session: Session, base_model: str, device: str) -> Learnt:
+def learnt_from(session: Session, base_model: str, device: Device) -> Learnt:
     """From the newest jobs that finished on such a device with this base model, in one go."""
     rows = session.execute(
         select(Job.estimate, Job.measured)
@@ -87,7 +87,8 @@ def learnt_from(session: Session, base_model: str, device: str) -> Learnt:
         .order_by(Job.finished_at.desc())
         .limit(MOST_JOBS)
     )
-    return Learnt.from_jobs([(e, m) for e, m in rows if e and m and e.get("device") == device])
+    pairs = [(e, m) for e, m in rows if e and m and e.get("device") == device.name]
+    return Learnt.from_jobs(pairs, on_gpu=device.bytes is not None)
 
 
 def estimates(
@@ -99,7 +100,7 @@ def estimates(
         ValueError: a target module is not a linear of this model.
     """
     found = [
-        estimate(recipe, shape, amount, device, learnt_from(session, recipe.base_model, device.name))
+        estimate(recipe, shape, amount, device, learnt_from(session, recipe.base_model, device))
         for device in devices(session, heartbeat_seconds)
     ]
     return ranked(found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -82,13 +83,14 @@ def cpu_name() -> str:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The least of some runs, which others on this machine disturbed the least; for a fifth of a second."""
+    """The median over a fifth of a second: what else runs on this machine will disturb a job as well, but not what
+    happens to start beside this."""
     run()
-    least, until = float("inf"), time.perf_counter() + 0.2
+    taken, until = [], time.perf_counter() + 0.2
     while (began := time.perf_counter()) < until:
         run()
-        least = min(least, time.perf_counter() - began)
-    return least
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
 
 
 def main() -> None:

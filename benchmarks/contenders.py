@@ -21,7 +21,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -529,6 +531,35 @@ class Graft(Contender):
         }
 
 
+class GraftAsPeft(Graft):
+    """Our rows, losses, gradient norm and AdamW, on transformers' model and with every product rounded where PEFT
+    rounds it: what is left between this and PEFT is neither the kernels' nor the order of rounding."""
+
+    def attach(self, *, deterministic: bool | None = None) -> None:
+        from graft_worker import lora
+        from graft_worker.trainer import make_optimizer
+        from graft_worker.transformers_network import TransformersNetwork
+
+        self.detach()
+        self.adapter = lora.attach(self.base.model, self.recipe.lora, 0)
+        for layer in self.adapter.layers.values():
+            layer.forward = partial(_as_peft, layer)
+        self.decoder = TransformersNetwork(self.base.model, self.adapter.parameters(), recompute=False)
+        self.optimizer = make_optimizer(self.recipe, self.adapter.parameters())
+
+    def plan(self, work: Any, cap: float | None, attempt: int = 0) -> Any:
+        """As many tokens at a time as the peers take."""
+        return SimpleNamespace(micro_batch_tokens=work.step_tokens)
+
+
+def _as_peft(layer: Any, x: Any) -> Any:
+    """y = x Wᵀ, rounded, plus s·(x Aᵀ) Bᵀ, rounded after every product; and the sum, rounded."""
+    from graft_kernels.lora_linear import lora_linear_reference
+    from graft_kernels.nf4 import decode
+
+    return lora_linear_reference(x, decode(layer.weight, x.dtype), layer.lora_A, layer.lora_B, layer.scale)
+
+
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
@@ -540,7 +571,7 @@ def run(name: str, model: str, folder: Path, tasks: Sequence[Task]) -> None:
     import torch
 
     torch.zeros(1, device=DEVICE)
-    if name == "graft":
+    if name.startswith("graft"):
         importlib.import_module("graft_worker.trainer")
     imported = time.perf_counter() - began
     before = [task for task in tasks if task["part"] == "load" and name == "graft"]
@@ -548,7 +579,8 @@ def run(name: str, model: str, folder: Path, tasks: Sequence[Task]) -> None:
         _prepare_cache(folder, task["case"])
     if "from_start" in tasks[0]:
         _cap(float(tasks[0]["case"].partition("@")[2]))
-    contender = Graft(folder) if name == "graft" else Peer(name, folder)
+    ours = {"graft": Graft, "graft-as-peft": GraftAsPeft}
+    contender = ours[name](folder) if name in ours else Peer(name, folder)
     loading = _peaks()["peak_gib"]
     for task in tasks:
         row: Row = {"contender": name, "model": model, **task, "load_s": round(contender.load_seconds, 2)}

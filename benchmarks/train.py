@@ -12,7 +12,7 @@ The parts, each of which `--parts` can ask for alone:
     budgets      Graft under caps from 6 to 80 GiB: memory and time as planned and as measured
     load         Graft's base model for the first time, from the disk's cache and from memory; and the next job on it
     curves       losses of the same steps from the same adapter, beside PEFT on bitsandbytes, and of both beside the
-                 same model computed in fp32 (hf-fp32)
+                 same model computed in fp32 (hf-fp32); and Graft's loop with PEFT's order of rounding (graft-as-peft)
     determinism  what sums in a fixed order cost, padded and packed
 
 The checkpoints have the real shapes and random weights, and are written once into `--folder`. Every contender runs in
@@ -80,7 +80,7 @@ CAPPED_PEERS = ("4x2048@8",)
 BUDGETS = (*(f"4x2048@{gib}" for gib in (6, 8, 12, 16, 24, 40)), "4x2048")  # the last: the whole card
 LOADS = ("first load", "from the disk", "from memory")
 PARTS = ("shapes", "packed", "budgets", "load", "curves", "determinism")
-CONTENDERS = ("graft", "unsloth", "unsloth-off", "hf", "hf-off", "hf-fp32", "liger", "liger-off")
+CONTENDERS = ("graft", "graft-as-peft", "unsloth", "unsloth-off", "hf", "hf-off", "hf-fp32", "liger", "liger-off")
 NEEDS = {"graft": "graft_worker", "unsloth": "unsloth", "hf": "peft", "liger": "liger_kernel"}
 CURVE_STEPS = 60
 
@@ -140,7 +140,7 @@ def write_checkpoint(name: str, folder: Path) -> None:
 def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, initial: Path) -> list[Row]:
     """What one contender has to do for one part; nothing where the part is not its."""
     main = model != "llama2-7b"  # one model is enough for what does not depend on the shape
-    if contender == "hf-fp32" and part != "curves":
+    if contender in ("hf-fp32", "graft-as-peft") and part != "curves":
         return []
     if part == "shapes":
         chosen = CASES[model] if cases is None else cases
@@ -159,7 +159,7 @@ def tasks_of(part: str, model: str, contender: str, cases: list[str] | None, ini
             if contender == "graft"
             else [{"part": part, "case": "its own"}]
         )
-    if part == "curves" and main and contender in ("graft", "hf", "hf-fp32"):
+    if part == "curves" and main and contender in ("graft", "graft-as-peft", "hf", "hf-fp32"):
         return [{"part": part, "case": f"{CURVE_STEPS} steps", "steps": CURVE_STEPS, "initial": str(initial)}]
     if part == "determinism" and main and contender == "graft":
         return [{"part": part, "case": case} for case in ("8x2048", "packed")]
@@ -330,15 +330,12 @@ def _curves(rows: list[Row]) -> str:
     if not {"graft", "hf"} <= by.keys():
         return "\n".join(f"{row['contender']}: {row.get('failed', 'done')}" for row in rows) + "\nboth are needed"
     ours, theirs, exact = by["graft"], by["hf"], by.get("hf-fp32")
-    apart = _apart(ours, theirs)
     lines = [f"losses from {theirs['losses'][0]:.4f} to {theirs['losses'][-1]:.4f}; Graft beside PEFT on bitsandbytes"]
-    gates = [
-        ("worst of steps 1-10", max(apart[:10]), 5e-3),
-        (f"mean of {len(apart)} steps", sum(apart) / len(apart), 1e-2),
-        ("final loss, relative", abs(ours["final"] / theirs["final"] - 1), 5e-3),
-    ]
-    for name, found, most in gates:
-        lines.append(f"{name:<24}{found:>10.2e}   at most {most:.0e}: {'kept' if found <= most else 'NOT KEPT'}")
+    lines += _beside(ours, theirs)
+    if "graft-as-peft" in by:
+        lines += ["the same, with every product of Graft's rounded where PEFT rounds it"]
+        lines += _beside(by["graft-as-peft"], theirs)
+    apart = _apart(ours, theirs)
     for step in range(0, len(apart), 10):
         losses = [row["losses"][step] for row in (ours, theirs, exact) if row is not None]
         lines.append(f"step {step + 1:>3}: " + " ".join(f"{loss:.4f}" for loss in losses))
@@ -350,6 +347,19 @@ def _curves(rows: list[Row]) -> str:
             verdict = "kept" if mean[0] <= 1.1 * mean[1] else "NOT KEPT"
             lines.append(f"mean of {name:<16}{mean[0]:>10.2e}{mean[1]:>10.2e}   at most 1.1 times PEFT's: {verdict}")
     return "\n".join(lines)
+
+
+def _beside(ours: Row, theirs: Row) -> list[str]:
+    apart = _apart(ours, theirs)
+    gates = [
+        ("worst of steps 1-10", max(apart[:10]), 5e-3),
+        (f"mean of {len(apart)} steps", sum(apart) / len(apart), 1e-2),
+        ("final loss, relative", abs(ours["final"] / theirs["final"] - 1), 5e-3),
+    ]
+    return [
+        f"{name:<24}{found:>10.2e}   at most {most:.0e}: {'kept' if found <= most else 'NOT KEPT'}"
+        for name, found, most in gates
+    ]
 
 
 def _apart(one: Row, other: Row) -> list[float]:

@@ -18,8 +18,7 @@ run in the input's dtype with fp32 sums, s·S and dS are rounded to the input's 
 How the kernel is laid out, and why:
   - eight nibbles of a 32-bit word are unpacked with `tl.join`, which keeps the eight in the thread that loaded the
     word: no byte loads, constant shifts, and the weight's own order, so that x needs no permutation;
-  - the sixteen code values lie in shared memory (`tl.gather`): any mix of sixteen words is free of bank conflicts. A
-    lookup through global pointers would be pipelined by the compiler, i.e. copied to shared memory and read again;
+  - the sixteen code values lie in the lanes of a warp, and a shuffle fetches one (`nf4.looked_up`);
   - scales are decoded once per block of 64 and step, from indices that were loaded a step earlier;
   - `transposed` puts the weight on the tensor core's M side (64 wide at least) and the tokens on its N side (16 and
     up); otherwise the tokens are on the M side;
@@ -51,7 +50,7 @@ from graft_kernels.launch import (
     tl,
     triton,
 )
-from graft_kernels.nf4 import NF4Weight, code_table, decode
+from graft_kernels.nf4 import NF4Weight, code_by_lane, code_table, decode, looked_up
 
 BLOCKSIZE = 64
 MAX_RANK = 256
@@ -104,11 +103,11 @@ def fused_linear_reference(
 
 @triton.jit
 def _unpack(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Indices [ROWS, COLUMNS] of the eight nibbles of every word, in memory order: bytes rising, high nibble first."""
+    """The nibbles of all words in the low bits of [ROWS, COLUMNS], in memory order: bytes rising, high nibble first."""
     halves = tl.join(words, words >> 16)
     quarters = tl.join(halves, halves >> 8)
     nibbles = tl.join(quarters >> 4, quarters)
-    return tl.reshape(nibbles & 15, (ROWS, COLUMNS))
+    return tl.reshape(nibbles, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -145,7 +144,7 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, CHUNK: tl.constexpr, INLINE: tl.constexpr, BACKWARD: tl.constexpr,
     NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, EVEN_O: tl.constexpr, EVEN_R: tl.constexpr,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, SCALES_SHARED: tl.constexpr,
+    STAGES: tl.constexpr, SCALES_SHARED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = in_ptr.dtype.element_ty
     # The tiles of M are neighbours in the grid: they decode the same weights, which the L2 then reads once.
@@ -205,7 +204,7 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
     words_ptrs = words_ptr + row[:, None] * (K // 8) + word_column[None, :]
     block = row[:, None] * (K // 64) + block_column[None, :]
 
-    table = tl.load(code_ptr + tl.arange(0, 16))
+    code_of_lane = code_by_lane(code_ptr, M, LANES)
     if NESTED:
         table2 = tl.load(code2_ptr + tl.arange(0, 256))
         offset = tl.load(offset_ptr)
@@ -257,7 +256,7 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
             absmax = tl.load(absmax_ptr + block, mask=row_mask & block_mask, other=0.0)
             block += scale_step
 
-        code = tl.gather(table, tl.reshape(_unpack(words, ROWS, COLUMNS), (ROWS * COLUMNS,)), 0)
+        code = looked_up(code_of_lane, _unpack(words, ROWS, COLUMNS), LANES)
         w = tl.reshape(tl.reshape(code, (ROWS, BLOCKS, 64)) * absmax[:, :, None], (ROWS, COLUMNS)).to(dtype)
         if BACKWARD == TRANSPOSED:
             w = tl.trans(w)
@@ -347,14 +346,19 @@ def fused_config(
     splits = 1
     while splits < 8 and programs * splits < wanted and sum_size // (splits * 2) >= 1024:
         splits *= 2
+    stages, registers = 3, None
+    if hopper and 32 < m <= 128 and rank <= 16 and out_size % block_o == 0:
+        # Room for one program more on a multiprocessor: 7 to 16 %, the spilling of some registers included.
+        stages, registers = 2 if block_m == 64 else 3 if direction == "forward" else 4, 128
     return FusedConfig(
         block_m=block_m,
         block_o=block_o,
         block_r=block_r,
         num_warps=num_warps,
-        num_stages=3,
+        num_stages=stages,
         splits=splits,
         inline=inline,
+        max_registers=registers,
     )
 
 
@@ -513,7 +517,7 @@ def _launch(cut: FusedConfig, product: Product) -> None:
         BACKWARD=backward,
         NESTED=weight.code2 is not None, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
         EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
-        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared,
+        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared, LANES=not INTERPRETED,
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:

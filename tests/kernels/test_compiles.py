@@ -50,7 +50,9 @@ HERE = Path(__file__).parent
 PROCESSES = 2
 
 # Kernels that may spill, by how many bytes a thread, and why that costs nothing: "name": (bytes, "reason").
-MAY_SPILL: dict[str, tuple[int, str]] = {}
+MAY_SPILL: dict[str, tuple[int, str]] = {
+    "_fused_linear_kernel": (48, "on an H100, for 65 to 128 tokens: 8 to 16 % faster than without a limit"),
+}
 
 # Kernels written for one kind of tensor core: on the others their op takes another one.
 ONLY_ON = {"_fused_hopper_kernel": "sm_90", "_low_rank_parts_kernel": "sm_90"}

@@ -323,10 +323,11 @@ def fused_config(
 ) -> FusedConfig:
     """The cut for M tokens and a weight [N, K]; `direction` is "forward" or "backward".
 
-    From a sweep on an H100 over the four linear shapes of an 8B model, rank 16. Small tiles want several programs on a
+    From sweeps on an H100 over the four linear shapes of an 8B model, rank 16. Small tiles want several programs on a
     multiprocessor, which hide each other's waits; tiles of 256 tokens fill one each. Not `wide`: without those, which
-    spill registers on cards other than the H100's kind. `hopper`: with the kernel of `fused_hopper.py`, which is ahead
-    from 129 tokens on; for small weights, whose tiles are too few to fill the card, from 257 on.
+    spill registers on cards other than the H100's kind. `hopper`: on a card of that kind, with operands that the kernel
+    of `fused_hopper.py` takes: it is ahead from 129 tokens on; for small weights, whose tiles are too few to fill the
+    card, from 257 on.
     """
     if direction not in ("forward", "backward"):
         raise ValueError(f"direction is {direction!r}, expected 'forward' or 'backward'")

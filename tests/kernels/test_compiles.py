@@ -224,7 +224,7 @@ if AVAILABLE and not INTERPRETED:
     def compiled() -> dict[str, Any]:
         return compile_all()
 
-    @pytest.mark.timeout(900)
+    @pytest.mark.timeout(1800)
     def test_every_case_compiles_for_every_card(compiled: dict[str, Any]) -> None:
         assert not compiled["errors"], "\n".join(compiled["errors"])
         assert {row["card"] for row in compiled["rows"]} == set(CAPABILITIES)

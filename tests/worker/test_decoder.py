@@ -432,7 +432,10 @@ class Memory(TorchDispatchMode):
         self.where: list[tuple[int, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            result = args[0].new_empty(args[0].shape[0], args[1].shape[1])  # its bytes count, and nobody reads it
+        else:
+            result = func(*args, **(kwargs or {}))
         known = {
             tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
         }

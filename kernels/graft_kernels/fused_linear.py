@@ -18,7 +18,9 @@ run in the input's dtype with fp32 sums, s·S and dS are rounded to the input's 
 How the kernel is laid out, and why:
   - eight nibbles of a 32-bit word are unpacked with `tl.join`, which keeps the eight in the thread that loaded the
     word: no byte loads, constant shifts, and the weight's own order, so that x needs no permutation;
-  - the sixteen code values lie in the lanes of a warp, and a shuffle fetches one (`nf4.looked_up`);
+  - on Hopper, where it was measured, the sixteen code values lie in the lanes of a warp, and a shuffle fetches one
+    (`nf4.looked_up`); elsewhere they lie in shared memory (`tl.gather`): any mix of sixteen words is free of bank
+    conflicts, and on consumer cards shuffles would spill registers;
   - scales are decoded once per block of 64 and step, from indices that were loaded a step earlier;
   - `transposed` puts the weight on the tensor core's M side (64 wide at least) and the tokens on its N side (16 and
     up); otherwise the tokens are on the M side;
@@ -204,7 +206,7 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
     words_ptrs = words_ptr + row[:, None] * (K // 8) + word_column[None, :]
     block = row[:, None] * (K // 64) + block_column[None, :]
 
-    code_of_lane = code_by_lane(code_ptr, M, LANES)
+    codes = code_by_lane(code_ptr, M, LANES) if LANES else tl.load(code_ptr + tl.arange(0, 16))
     if NESTED:
         table2 = tl.load(code2_ptr + tl.arange(0, 256))
         offset = tl.load(offset_ptr)
@@ -256,7 +258,8 @@ def _fused_linear_kernel(  # type: ignore[no-untyped-def]
             absmax = tl.load(absmax_ptr + block, mask=row_mask & block_mask, other=0.0)
             block += scale_step
 
-        code = looked_up(code_of_lane, _unpack(words, ROWS, COLUMNS), LANES)
+        code = _unpack(words, ROWS, COLUMNS)
+        code = looked_up(codes, code, LANES) if LANES else tl.gather(codes, tl.reshape(code & 15, (ROWS * COLUMNS,)), 0)
         w = tl.reshape(tl.reshape(code, (ROWS, BLOCKS, 64)) * absmax[:, :, None], (ROWS, COLUMNS)).to(dtype)
         if BACKWARD == TRANSPOSED:
             w = tl.trans(w)
@@ -350,7 +353,8 @@ def fused_config(
     stages, registers = 3, None
     if hopper and 32 < m <= 128 and rank <= 16 and out_size % block_o == 0:
         # Room for one program more on a multiprocessor: 7 to 16 %, the spilling of some registers included.
-        stages, registers = 2 if block_m == 64 else 3 if direction == "forward" else 4, 128
+        registers = 128
+        stages = 2 if block_m == 64 else {"forward": 3, "backward": 4}[direction]
     return FusedConfig(
         block_m=block_m,
         block_o=block_o,
@@ -518,7 +522,7 @@ def _launch(cut: FusedConfig, product: Product) -> None:
         BACKWARD=backward,
         NESTED=weight.code2 is not None, HAS_BIAS=bias is not None, SPLITS=splits, EVEN_O=out_size % cut.block_o == 0,
         EVEN_R=sum_size % cut.block_r == 0, TRANSPOSED=cut.transposed, BLOCK_M=cut.block_m, BLOCK_O=cut.block_o,
-        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared, LANES=not INTERPRETED,
+        BLOCK_R=cut.block_r, STAGES=cut.num_stages, SCALES_SHARED=cut.scales_shared, LANES=is_hopper(in_.device),
         num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=cut.max_registers, enable_fp_fusion=False,
     )  # fmt: skip
     if splits > 1:

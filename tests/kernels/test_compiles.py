@@ -49,9 +49,9 @@ from graft_kernels.launch import (
 HERE = Path(__file__).parent
 PROCESSES = 2
 
-# Kernels that may spill, by how many bytes a thread, and why that costs nothing: "name": (bytes, "reason").
-MAY_SPILL: dict[str, tuple[int, str]] = {
-    "_fused_linear_kernel": (48, "on an H100, for 65 to 128 tokens: 8 to 16 % faster than without a limit"),
+# Kernels that may spill on a card, by how many bytes a thread, and why that costs nothing.
+MAY_SPILL: dict[tuple[str, str], tuple[int, str]] = {
+    ("sm_90", "_fused_linear_kernel"): (48, "65 to 128 tokens: 8 to 16 % faster than without a limit of registers"),
 }
 
 # Kernels written for one kind of tensor core: on the others their op takes another one.
@@ -224,7 +224,7 @@ if AVAILABLE and not INTERPRETED:
     def compiled() -> dict[str, Any]:
         return compile_all()
 
-    @pytest.mark.timeout(1800)
+    @pytest.mark.timeout(900)
     def test_every_case_compiles_for_every_card(compiled: dict[str, Any]) -> None:
         assert not compiled["errors"], "\n".join(compiled["errors"])
         assert {row["card"] for row in compiled["rows"]} == set(CAPABILITIES)
@@ -244,11 +244,12 @@ if AVAILABLE and not INTERPRETED:
         assert {row["card"] for row in on_purpose} == set(CAPABILITIES)
         surprises = []
         for row in spilling:
-            allowed, _ = MAY_SPILL.get(row["kernel"], (0, ""))
+            allowed, _ = MAY_SPILL.get((row["card"], row["kernel"]), (0, ""))
             if row not in on_purpose and row["stack"] + row["local"] > allowed:
                 surprises.append(" ".join(f"{name}={row[name]}" for name in COLUMNS))
         assert not surprises, "\n".join(surprises)
-        assert set(MAY_SPILL) <= {row["kernel"] for row in spilling}, "an exception that no kernel needs"
+        needed = {(row["card"], row["kernel"]) for row in spilling}
+        assert set(MAY_SPILL) <= needed, "an exception that no kernel needs"
 
     def test_what_a_machine_has_built_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))

@@ -28,7 +28,7 @@ PARAMETERS_A_SECOND, CPU_PARAMETERS_A_SECOND = 0.55e9, 20e6
 STORED_BYTES_A_SECOND, STORING_SECONDS = 80e6, 0.5
 # The kernels of a GPU are built in the first job of a machine, and lie on its disk from then on: so long on a host with
 # 16 processors.
-BUILD_SECONDS = 22.0
+BUILD_SECONDS = 26.0
 # An evaluation is a forward without anything kept: about so much of a step's time a token. On a GPU nothing of it is
 # replayed, so that for few tokens the host's launches of a layer count; and so do a step's words to its owner.
 EVALUATION_SHARE = 1 / 3

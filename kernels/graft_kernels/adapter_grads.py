@@ -41,7 +41,7 @@ def sum_over_tokens_reference(
     return g_NR if w_N is None else g_NR * w_N.to(wide)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs0", "programs1"])
 def _sum_over_tokens_kernel(  # type: ignore[no-untyped-def]
     x, d, rho, w, out0, out1, out2, T, N0, N1, N2, programs0, programs1, x_stride, d_stride,
     out_n0, out_n1, out_n2, out_r, factor, w_shift,

@@ -205,7 +205,7 @@ def _place_adapters(  # type: ignore[no-untyped-def]
             tl.store(a_at, a.to(a_out.dtype.element_ty), mask=(r < a_rows)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b_programs"])
 def _adapter_kernel(  # type: ignore[no-untyped-def]
     a0, b0, a1, b1, a2, b2, a_out, b_out,
     N0, N1, N2, R0, R1, R2, K, scale, a_stride, a_rows, b_n_stride, b_p_stride, b_columns, b_programs,
@@ -218,7 +218,8 @@ def _adapter_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
+# What these numbers are divisible by makes no better code, and would make it again for other shapes.
+@triton.jit(do_not_specialize=["programs0", "programs1", "blocks_per_row", "adapter_programs", "b_programs"])
 def _weight_and_adapters_kernel(  # type: ignore[no-untyped-def]
     packed0, absmax0, code2_0, absmax2_0, offset0,
     packed1, absmax1, code2_1, absmax2_1, offset1,
@@ -409,15 +410,15 @@ def _adapter_arguments(
     linears: Sequence[Linear], scale: float, a: Tensor, b: Tensor
 ) -> tuple[int, list[Any], dict[str, Any]]:
     """How many programs place the adapters, and the arguments and options of the kernel's `_place_adapters`."""
-    operands: list[Tensor] = []
     sizes, ranks = [0, 0, 0], [0, 0, 0]
+    given: list[tuple[Tensor, Tensor] | None] = [None] * 3
     for i, linear in enumerate(linears):
         sizes[i], ranks[i] = linear.weight.shape[0], linear.rank
-        if linear.lora_a is None or linear.lora_b is None:
-            operands += (a, a)  # never read: the rank is 0
-        else:
-            operands += (linear.lora_a.detach().contiguous(), linear.lora_b.detach().contiguous())
-    operands += [a] * (6 - len(operands))
+        if linear.lora_a is not None and linear.lora_b is not None:
+            given[i] = linear.lora_a.detach().contiguous(), linear.lora_b.detach().contiguous()
+    # Where the rank is 0 nothing is read. A tensor of the others' dtype, so that all layers have one compiled kernel.
+    unread = next((pair for pair in given if pair is not None), (a, a))
+    operands = [operand for pair in given for operand in (pair or unread)]
     blocks = {"BLOCK_N": 16, "BLOCK_P": 32, "BLOCK_R": 8, "BLOCK_K": 64}
     b_programs = cdiv(sum(sizes), blocks["BLOCK_N"])
     strides = a.stride(0), a.shape[0], b.stride(0), b.stride(1), b.shape[1]

@@ -297,7 +297,7 @@ def decode_part(  # type: ignore[no-untyped-def]
                          first, num_blocks2, blocks_per_row, out_stride, NESTED, BLOCKSIZE, BLOCKS, LANES)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs0", "programs1", "blocks_per_row"])
 def _decode_blocks_kernel(  # type: ignore[no-untyped-def]
     packed0, absmax0, code2_0, absmax2_0, offset0,
     packed1, absmax1, code2_1, absmax2_1, offset1,

@@ -80,7 +80,7 @@ CPU_LOGIT_PASSES, CPU_FRESH_BYTES, CPU_FRESH = 12, 32 * MIB, 12
 # (`graft_kernels.cross_entropy`, `.swiglu`).
 CPU_CHUNK_ROWS, CPU_CHUNK_BYTES, CPU_LOGITS, CPU_GATES = 8192, 2 * GIB, 4, 6
 # Rows of the head that are multiplied at a time, wherever it lies (`graft_kernels.cross_entropy`).
-SLAB_ROWS = 16_384
+SLAB_ROWS = 16_896
 # The columns that an adapter adds beside a weight come in this unit, the rows below it in that (`lora_linear`).
 COLUMN_UNIT, ROW_UNIT = 64, 16
 CHUNK_ROWS = (4096, 2048, 1024, 512, 256, 128)
@@ -1000,7 +1000,8 @@ class Times:
         return seconds
 
     def head(self, chunk_rows: int, head: Placement) -> float:
-        """Two products over the trained rows, the logits read twice and written once, and the sums over the slabs.
+        """Two products over the trained rows, the logits read and written and half of them read again, as measured, and
+        the sums over the slabs.
 
         Each chunk reads the weight twice: from the host that is a copy of all slabs but the two that are at hand when
         the direction turns, under the products of the slab before.
@@ -1012,7 +1013,7 @@ class Times:
         slabs = -(-shape.vocab // SLAB_ROWS)
         one = max(2.0 * rows * table / card.gemm_rate(min(rows, chunk_rows)), chunks * 2.0 * table / card.copy)
         sums = (4 * slabs + 12 * (slabs - 1)) * rows * shape.hidden / card.copy if slabs > 1 else 0.0
-        seconds = 2 * one + sums + 3 * 2.0 * rows * shape.vocab / card.copy
+        seconds = 2 * one + sums + 2.5 * 2.0 * rows * shape.vocab / card.copy
         seconds += chunks * (2 + 3 * slabs) * card.launch
         if head == "device":
             return seconds

@@ -35,15 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from graft_kernels.launch import cdiv, launch, next_power_of_2, runs_kernels, tl, triton
+from graft_kernels.launch import cdiv, is_hopper, launch, next_power_of_2, runs_kernels, tl, triton
 from graft_kernels.lora_linear import add_product_, product
 from graft_kernels.nf4 import NF4Weight, decode
 
 IGNORED = -100
-SLAB_ROWS = 16_384  # of the head, that are multiplied at a time
+SLAB_ROWS = 16_896  # of the head, that are multiplied at a time: 66 tiles of 256, whole waves of 132 multiprocessors
 _MAX_CHUNK_ROWS = 8192
 _CHUNK_BYTES = 2 << 30
-_ROW_BLOCK = 8192  # columns that one program holds at a time
+_SHORT_ROW = 1 << 17  # bytes
 _SCALE_BLOCK = 4096
 _ALIGNMENT = 64  # rows of the chunk buffer start at a multiple of so many elements: 16-byte accesses for any V
 
@@ -153,16 +153,18 @@ def _log1p_of_share(u):  # type: ignore[no-untyped-def]
 @triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, loss_ptr, correct_ptr, V, stride_row, ignore_index, softcap,
-    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program per row; it reads the row twice (the second time from the L2 cache) and writes it once.
+    """One program per row, which it reads from left to right, and then back: what was read last is in the L2 cache yet.
 
-    Every lane keeps its own running maximum, the sum relative to it and where that maximum was: no exchange between
-    threads until the row has been read.
+    BLOCK columns at a time, of which a thread holds WIDTH side by side (one access). It keeps the largest of all that
+    it has seen and the sum relative to that: no exchange between threads until the row has been read. Each block is
+    asked for before the one in front of it is worked on, so that the memory never waits for the arithmetic.
     """
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_row
     label = tl.load(labels_ptr + row)
+    places = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     ignored = label == ignore_index
     outside = (label < 0) | (label >= V)
     if ignored | outside:
@@ -172,30 +174,35 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(correct_ptr + row, 0)
         if GRADIENT:
             for start in tl.range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                filling = tl.full((BLOCK,), 0.0, tl.float32) + value
+                cols = start + places
+                filling = tl.full((BLOCK // WIDTH, WIDTH), 0.0, tl.float32) + value
                 tl.store(row_ptr + cols, filling.to(logits_ptr.dtype.element_ty), mask=cols < V)
     else:
+        following = tl.load(row_ptr + places, mask=places < V, other=-float("inf"))
         label_col = label.to(tl.int32)
         z_label = tl.load(row_ptr + label_col).to(tl.float32)
         if CAPPED:
             z_label = softcap * _tanh(z_label / softcap)
-        # Not -inf: a lane that has seen nothing must not compute -inf - -inf.
-        m_lane = tl.full((BLOCK,), -3.0e38, tl.float32)
-        sum_lane = tl.full((BLOCK,), 0.0, tl.float32)
-        first_lane = tl.full((BLOCK,), 0, tl.int32)
-        for start in tl.range(0, V, BLOCK, num_stages=2):
-            cols = start + tl.arange(0, BLOCK)
-            z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        # Not -inf: a thread that has seen nothing must not compute -inf - -inf.
+        m_lane = tl.full((BLOCK // WIDTH,), -3.0e38, tl.float32)
+        sum_lane = tl.full((BLOCK // WIDTH,), 0.0, tl.float32)
+        m_left = -float("inf")  # the largest to the left of the label
+        for start in tl.range(0, V, BLOCK, num_stages=1):
+            z = following.to(tl.float32)
+            cols = start + places
+            following = tl.load(row_ptr + BLOCK + cols, mask=cols < V - BLOCK, other=-float("inf"))
             if CAPPED:
                 z = tl.where(cols < V, softcap * _tanh(z / softcap), -float("inf"))
-            z = tl.where(cols == label_col, -float("inf"), z)
-            # One exponential serves both cases: it rescales the old sum or is the new term.
-            e = tl.exp(-tl.abs(z - m_lane))
-            larger = z > m_lane
-            sum_lane = tl.where(larger, sum_lane * e + 1.0, sum_lane + e)
-            first_lane = tl.where(larger, cols, first_lane)
-            m_lane = tl.maximum(m_lane, z)
+            if (label_col >= start) & (label_col < start + BLOCK):
+                left = tl.where(cols < label_col, z, -float("inf"))
+                m_left = tl.max(tl.maximum(m_lane, tl.max(left, 1)), 0)
+                z = tl.where(cols == label_col, -float("inf"), z)
+            m = tl.maximum(m_lane, tl.max(z, 1))
+            sum_lane = sum_lane * tl.exp(m_lane - m) + tl.sum(tl.exp(z - m[:, None]), 1)
+            m_lane = m
+        last = (V - 1) // BLOCK * BLOCK
+        if GRADIENT:
+            following = tl.load(row_ptr + last + places, mask=places < V - last, other=-float("inf"))
         m_others = tl.max(m_lane, 0)
         m = tl.maximum(m_others, z_label)
         others = tl.sum(sum_lane * tl.exp(m_lane - m), 0)
@@ -203,22 +210,29 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         sure = (z_label >= m_others) & (others < 1.0)
         loss = tl.where(sure, _log1p_of_share(tl.minimum(others, 1.0)), (m - z_label) + tl.log(total))
         # Among equal logits the first is the guess, as torch.argmax has it.
-        first = tl.min(tl.where(m_lane == m_others, first_lane, V), 0)
-        correct = (z_label > m_others) | ((z_label == m_others) & (label_col < first))
+        correct = (z_label > m_others) | ((z_label == m_others) & (z_label > m_left))
         tl.store(loss_ptr + row, loss)
         tl.store(correct_ptr + row, correct.to(tl.int32))
         if GRADIENT:
             scale = 1.0 / total
             d_label = -others * scale
-            for start in tl.range(0, V, BLOCK, num_stages=2):
-                cols = start + tl.arange(0, BLOCK)
-                z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            for done in tl.range(0, V, BLOCK, num_stages=1):
+                z = following.to(tl.float32)
+                start = last - done
+                cols = start + places
+                following = tl.load(row_ptr - BLOCK + cols, mask=cols >= BLOCK, other=-float("inf"))
                 if CAPPED:
                     t = _tanh(z / softcap)
-                    d = tl.where(cols == label_col, d_label, tl.exp(softcap * t - m) * scale) * (1.0 - t * t)
-                else:
-                    d = tl.where(cols == label_col, d_label, tl.exp(z - m) * scale)
-                tl.store(row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V)
+                    z = softcap * t
+                d = tl.exp(z - m) * scale
+                if (label_col >= start) & (label_col < start + BLOCK):
+                    d = tl.where(cols == label_col, d_label, d)
+                if CAPPED:
+                    d *= 1.0 - t * t
+                # It is wanted again only when all rows have passed; the rows that are being read shall stay.
+                tl.store(
+                    row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V, eviction_policy="evict_first"
+                )
 
 
 @triton.jit
@@ -232,14 +246,19 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: 
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
-def _row_block(V: int) -> tuple[int, int]:
-    """(columns per block, warps): 8 columns a thread, which is one 16-byte access in 16 bits.
+def _row_block(V: int, itemsize: int, hopper: bool) -> tuple[int, int, int]:
+    """(columns per block, columns side by side, warps): every access of a thread is one of 16 bytes.
 
-    One row per multiprocessor at a time keeps all rows in flight within the L2 cache until they are read again. At 32
-    warps a thread has 64 registers; a third stage of the loops' loads would not fit.
+    A row is read twice, so no more rows may be in flight than the L2 cache holds: one per multiprocessor, by a program
+    with all of its threads, and several of smaller programs where rows are short. With 64 registers a thread can have
+    two accesses under way (elsewhere than on Hopper that was not measured). Where V is no multiple of 16 the compiler
+    cannot tell that an access lies within the row as a whole and makes eight of it, which take more registers.
     """
-    block = min(max(next_power_of_2(V), 128), _ROW_BLOCK)
-    return block, max(1, min(block // 256, 32))
+    width = 16 // itemsize
+    short = V * itemsize <= _SHORT_ROW and V % 16 == 0
+    warps, accesses = (16, 1) if short else (32, 2 if hopper and V % 16 == 0 else 1)
+    block = min(max(next_power_of_2(V), 128), 32 * warps * width * accesses)
+    return block, width, max(1, min(block // (32 * width), warps))
 
 
 def cross_entropy_rows_(
@@ -279,7 +298,7 @@ def cross_entropy_rows_(
     if not kernels:
         loss_C, correct_C = _rows_reference_(logits_CV, labels_C, ignore_index, softcap, gradient)
         return loss.copy_(loss_C), correct.copy_(correct_C)
-    block, num_warps = _row_block(V)
+    block, width, num_warps = _row_block(V, logits_CV.element_size(), is_hopper(logits_CV.device))
     launch(
         _rows_kernel,
         (C,),
@@ -294,6 +313,7 @@ def cross_entropy_rows_(
         CAPPED=softcap is not None,
         GRADIENT=gradient,
         BLOCK=block,
+        WIDTH=width,
         num_warps=num_warps,
     )
     return loss, correct

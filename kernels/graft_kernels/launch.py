@@ -196,8 +196,13 @@ def shared_memory(device: torch.device) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Whether the card has Hopper's tensor cores (compute capability 9): H100, H200, GH200."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] == 9
+        return _capability(device)[0] == 9
     return device.type == "meta" and _card_compiled_for == "sm_90"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -566,7 +566,7 @@ def test_the_head_goes_to_the_host_where_nothing_else_makes_it_fit() -> None:
     assert uniform(KEEP, 2048, rows=2048, head="host").seconds["head"] == pytest.approx((8 + 6 + 1) * slab)
     assert uniform(KEEP, 2048, rows=1024, head="host").seconds["head"] == pytest.approx((8 + 6 + 6 + 6 + 1) * slab)
     moment = head_moments(SHAPE, ONE_ROW, 2048, 128, "host", idle_bytes=GIB)[1].parts
-    assert moment["head_slabs"] == 2 * 2 * 16384 * 4096
+    assert moment["head_slabs"] == 2 * 2 * 16_896 * 4096
     assert moment["head_sums"] == 2 * 4 * 128 * 4096
 
 

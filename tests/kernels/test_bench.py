@@ -73,7 +73,7 @@ def test_a_provider_that_fails_says_how_and_one_that_is_not_there_says_nothing(
     monkeypatch: pytest.MonkeyPatch, overhead: dict[str, str] | None
 ) -> None:
     monkeypatch.setattr(bench, "milliseconds", lambda call, quick: (call(), 1.5, 3.0))
-    monkeypatch.setattr(bench, "in_turns", lambda calls, quick: dict.fromkeys(calls, (1.0, 1.0, 1.0)))
+    monkeypatch.setattr(bench, "in_turns", lambda calls, quick, lead: dict.fromkeys(calls, (1.0, 1.0, 1.0)))
     monkeypatch.setattr(bench, "captured", lambda call: (call(), call)[1])
 
     def missing() -> bench.Call:
@@ -126,7 +126,7 @@ def test_calls_that_are_compared_take_turns_and_none_is_always_first(monkeypatch
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = bench.in_turns({"one": taking("one", 10.0), "two": taking("two", 100.0)}, quick=True)
+    found = bench.in_turns({"one": taking("one", 10.0), "two": taking("two", 100.0)}, quick=True, lead=2)
     rounds = list(zip(order[::2], order[1::2], strict=True))
     assert {tuple(sorted(each)) for each in rounds} == {("one", "two")}
     assert {each[0] for each in rounds} == {"one", "two"}
@@ -138,13 +138,29 @@ def test_calls_that_are_compared_take_turns_and_none_is_always_first(monkeypatch
 def test_an_overhead_is_a_difference_in_parts_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "captured", lambda call: call)
     taken = {bench.BASE: 2.0, "graft: no adapters": 3.0, "graft": 3.1, "eager": 2.5}
-    monkeypatch.setattr(bench, "in_turns", lambda calls, quick: {name: (taken[name],) * 3 for name in calls})
+    monkeypatch.setattr(bench, "in_turns", lambda calls, quick, lead: {name: (taken[name],) * 3 for name in calls})
     over = {"graft": "graft: no adapters", "eager": bench.BASE}
     providers = {name: bench.timed(float, 1.0) for name in taken}
     rows = list(bench.measure(bench.Case("x", "1", "forward", providers, 0, 1, over), (1.0, 1.0), True))
     assert [row["ms"] for row in rows] == list(taken.values())
     assert [row.get("overhead") for row in rows] == [None, None, pytest.approx(0.05), pytest.approx(0.25)]
     assert bench.line(rows[2]).endswith("adds +5.0%")
+
+
+def test_a_case_that_can_be_no_graph_takes_turns_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    leads = list[int]()
+
+    def in_turns(calls: dict[str, bench.Call], quick: bool, lead: int) -> dict[str, tuple[float, float, float]]:
+        leads.append(lead)
+        return {name: (float(str(call())),) * 3 for name, call in calls.items()}
+
+    monkeypatch.setattr(bench, "captured", lambda call: lambda: 1.0)
+    monkeypatch.setattr(bench, "in_turns", in_turns)
+    providers = {"graft": bench.timed(float, 2.0)}
+    for graphs, ms in ((True, 1.0), (False, 2.0)):
+        case = bench.Case("x", "1", "forward", providers, flops=1, overhead={}, graphs=graphs)
+        assert [row["ms"] for row in bench.measure(case, (1.0, 1.0), True)] == [ms]
+    assert leads[1] > leads[0] > 0  # the host needs longer for its launches than for a graph
 
 
 def test_lines_go_to_the_file_and_a_failure_of_ours_to_the_exit_status(

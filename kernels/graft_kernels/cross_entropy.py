@@ -43,7 +43,7 @@ IGNORED = -100
 SLAB_ROWS = 16_896  # of the head, that are multiplied at a time: 66 tiles of 256, whole waves of 132 multiprocessors
 _MAX_CHUNK_ROWS = 8192
 _CHUNK_BYTES = 2 << 30
-_SHORT_ROW = 1 << 17  # bytes
+_SHORT_ROW = 1 << 17  # bytes of a row of logits, up to which several small programs on a multiprocessor are ahead
 _SCALE_BLOCK = 4096
 _ALIGNMENT = 64  # rows of the chunk buffer start at a multiple of so many elements: 16-byte accesses for any V
 

@@ -8,6 +8,9 @@ tests on a machine without a card:
                                             the interpreter's bf16 arithmetic is silently wrong)
     with compile_only("sm_90") as compiled  kernels called with tensors on the meta device are compiled for that card
                                             and not launched; `compiled` collects their binaries
+
+Triton compiles a kernel for every combination of integers that are divisible by 16. Of those whose divisibility makes
+no better code (numbers of programs, of blocks a row) a kernel says `do_not_specialize`, or other shapes build it again.
 """
 
 from __future__ import annotations

@@ -218,7 +218,6 @@ def _adapter_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-# What these numbers are divisible by makes no better code, and would make it again for other shapes.
 @triton.jit(do_not_specialize=["programs0", "programs1", "blocks_per_row", "adapter_programs", "b_programs"])
 def _weight_and_adapters_kernel(  # type: ignore[no-untyped-def]
     packed0, absmax0, code2_0, absmax2_0, offset0,

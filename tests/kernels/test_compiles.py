@@ -45,6 +45,8 @@ from graft_kernels.launch import (
     tl,
     triton,
 )
+from graft_kernels.lora_linear import Linear, weight_columns, weight_rows
+from graft_kernels.nf4 import NF4Weight
 
 HERE = Path(__file__).parent
 PROCESSES = 2
@@ -257,6 +259,36 @@ if AVAILABLE and not INTERPRETED:
         with compile_only("sm_90"):
             launch(_spilling_on_purpose, (1,), torch.empty(32, device="meta"), SIZE=32, num_warps=1)
         assert is_built(_spilling_on_purpose)
+
+    def test_weights_and_adapters_of_every_layer_and_model_share_one_kernel_in_each_form(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A second model must not build again what the first one has built."""
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+        def linear(N: int, K: int) -> Linear:
+            blocks = N * K // 64
+            weight = NF4Weight(
+                packed=torch.empty(N * K // 2, dtype=torch.uint8),
+                shape=(N, K),
+                blocksize=64,
+                absmax=torch.empty(blocks, dtype=torch.uint8),
+                code2=torch.empty(256),
+                absmax2=torch.empty(-(-blocks // 256)),
+                offset=torch.empty(()),
+            )
+            return Linear(weight, torch.empty(16, K), torch.empty(N, 16))
+
+        # Input and outputs of qkv, o, gate and up, down: of Llama 3.1 8B, Llama 2 7B and Qwen 2.5 7B.
+        llama3 = [(4096, 4096, 1024, 1024), (4096, 4096), (4096, 14336, 14336), (14336, 4096)]
+        llama2 = [(4096, 4096, 4096, 4096), (4096, 4096), (4096, 11008, 11008), (11008, 4096)]
+        qwen = [(3584, 3584, 512, 512), (3584, 3584), (3584, 18944, 18944), (18944, 3584)]
+        with compile_only("sm_90"), torch.device("meta"):
+            for K, *outs in (*llama3, *llama2, *qwen):
+                layers = [linear(N, K) for N in outs]
+                weight_columns(layers, 2.0, torch.bfloat16)
+                weight_rows(layers, 2.0, torch.bfloat16)
+        assert len(list(tmp_path.glob("*/_weight_and_adapters_kernel.cubin"))) == 2
 
 
 if __name__ == "__main__":

@@ -98,12 +98,13 @@ def test_decoding_is_bit_exact_with_bitsandbytes(
 ) -> None:
     torch.manual_seed(0)
     weight, (packed, state) = quantise(torch.randn(shape, dtype=dtype), blocksize=blocksize, nested=nested)
-    # bitsandbytes compiles the largest block sizes on some CPUs, and on those with AVX-512 its fp16 in blocks of 32 is
-    # not that of its other kernels; numpy says what those say.
-    vectorised = packed.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    by_numpy = blocksize >= 2048 or (vectorised and blocksize == 32)
-    expected = oracle(packed, state).to(dtype) if by_numpy else dequantize_4bit(packed, state)
-    assert torch.equal(decode(weight, dtype), expected)
+    decoded = decode(weight, dtype)
+    assert torch.equal(decoded, oracle(packed, state).to(dtype))
+    # bitsandbytes compiles the largest block sizes on some CPUs; and where its fp16 is AVX-512's, a few numbers of
+    # 66,560 were others than those of its other kernels and of numpy.
+    by_avx512 = packed.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if blocksize < 2048 and not (by_avx512 and dtype == torch.float16):
+        assert torch.equal(decoded, dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 H, I, HEADS, KEY_HEADS, D, V, RANK = 4096, 14336, 32, 8, 128, 128256, 16  # noqa: E741
+ODD_V = 32001  # classes where a token was added to the vocabulary
 TOKENS = (2048, 8192, 16384)
 FEW_TOKENS = (16, 64, 128, 256, 384, 512, 640)
 DTYPE = torch.bfloat16
@@ -312,11 +313,16 @@ def eager_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 
 def cross_entropy(tokens: int, options: Options) -> Iterator[Case]:
-    """The head's product and the loss, with the gradient of the hidden states."""
+    """The head's product and the loss, with the gradient of the hidden states; also of an odd number of classes."""
+    for classes in (V, ODD_V):
+        yield _cross_entropy_case(tokens, classes, options)
+
+
+def _cross_entropy_case(tokens: int, classes: int, options: Options) -> Case:
     from graft_kernels.cross_entropy import linear_cross_entropy
 
-    hidden, weight = draw(tokens, H, grad=True), draw(V, H) * 0.02
-    labels = torch.randint(V, (tokens,), device=DEVICE)
+    hidden, weight = draw(tokens, H, grad=True), draw(classes, H) * 0.02
+    labels = torch.randint(classes, (tokens,), device=DEVICE)
 
     def liger() -> Function:
         function = peer("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
@@ -335,7 +341,7 @@ def cross_entropy(tokens: int, options: Options) -> Iterator[Case]:
         return provide
 
     def products() -> Call:
-        logits, dhidden = draw(tokens, V), torch.empty_like(hidden)
+        logits, dhidden = draw(tokens, classes), torch.empty_like(hidden)
 
         def call() -> None:
             torch.mm(hidden.detach(), weight.t(), out=logits)
@@ -349,8 +355,8 @@ def cross_entropy(tokens: int, options: Options) -> Iterator[Case]:
     if options.compile:
         providers["torch.compile"] = both(lambda: torch.compile(eager_cross_entropy))
     providers["liger"] = both(liger)
-    shape, flops = f"{tokens}x{H}x{V}", 4 * tokens * H * V
-    yield Case("cross_entropy", shape, "forward+backward", providers, flops=flops, overhead={}, graphs=False)
+    shape, flops = f"{tokens}x{H}x{classes}", 4 * tokens * H * classes
+    return Case("cross_entropy", shape, "forward+backward", providers, flops=flops, overhead={}, graphs=False)
 
 
 def adamw(tokens: int, options: Options) -> Iterator[Case]:

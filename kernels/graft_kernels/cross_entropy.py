@@ -19,7 +19,8 @@ by W at once. One buffer [C, V] is all that is large. What is kept for the backw
 the backward multiplies it by the incoming gradient over n, on the device.
 
 A head of more than SLAB_ROWS classes is multiplied slab by slab: z in columns, and dh as a sum over the slabs, in fp32
-and in one order. So W need not lie on the device as a whole (`Slabs`), and where it lies changes no bit.
+and in one order. So W need not lie on the device as a whole (`Slabs`), and where it lies changes no bit. The last slab
+of 32,001 classes is one of a multiple of 16, and one of what is left (`_pieces`).
 
 Logits are rounded to h's dtype, as the GEMM's output always is: in bf16 they carry 8 bits. dz is rounded the same way
 before its product. Everything between the two is fp32.
@@ -45,6 +46,7 @@ _MAX_CHUNK_ROWS = 8192
 _CHUNK_BYTES = 2 << 30
 _SHORT_ROW = 1 << 17  # bytes of a row of logits, up to which several small programs on a multiprocessor are ahead
 _SCALE_BLOCK = 4096
+_MULTIPLE = 16  # of classes, are multiplied up to four times as fast as one more
 _ALIGNMENT = 64  # rows of the chunk buffer start at a multiple of so many elements: 16-byte accesses for any V
 
 
@@ -152,14 +154,17 @@ def _log1p_of_share(u):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, labels_ptr, loss_ptr, correct_ptr, V, stride_row, ignore_index, softcap,
-    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    logits_ptr, labels_ptr, loss_ptr, correct_ptr, V, accessed, stride_row, ignore_index, softcap,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program per row, which it reads from left to right, and then back: what was read last is in the L2 cache yet.
 
     BLOCK columns at a time, of which a thread holds WIDTH side by side (one access). It keeps the largest of all that
     it has seen and the sum relative to that: no exchange between threads until the row has been read. Each block is
     asked for before the one in front of it is worked on, so that the memory never waits for the arithmetic.
+
+    PADDED: the first `accessed` columns of a row are read and written, a multiple of 16 above V: only then does the
+    compiler know that an access lies within the row as a whole, and makes one of it.
     """
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_row
@@ -176,9 +181,9 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             for start in tl.range(0, V, BLOCK):
                 cols = start + places
                 filling = tl.full((BLOCK // WIDTH, WIDTH), 0.0, tl.float32) + value
-                tl.store(row_ptr + cols, filling.to(logits_ptr.dtype.element_ty), mask=cols < V)
+                tl.store(row_ptr + cols, filling.to(logits_ptr.dtype.element_ty), mask=cols < accessed)
     else:
-        following = tl.load(row_ptr + places, mask=places < V, other=-float("inf"))
+        following = tl.load(row_ptr + places, mask=places < accessed, other=-float("inf"))
         label_col = label.to(tl.int32)
         z_label = tl.load(row_ptr + label_col).to(tl.float32)
         if CAPPED:
@@ -190,7 +195,9 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         for start in tl.range(0, V, BLOCK, num_stages=1):
             z = following.to(tl.float32)
             cols = start + places
-            following = tl.load(row_ptr + BLOCK + cols, mask=cols < V - BLOCK, other=-float("inf"))
+            following = tl.load(row_ptr + BLOCK + cols, mask=cols < accessed - BLOCK, other=-float("inf"))
+            if PADDED:
+                z = tl.where(cols < V, z, -float("inf"))
             if CAPPED:
                 z = tl.where(cols < V, softcap * _tanh(z / softcap), -float("inf"))
             if (label_col >= start) & (label_col < start + BLOCK):
@@ -202,7 +209,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             m_lane = m
         last = (V - 1) // BLOCK * BLOCK
         if GRADIENT:
-            following = tl.load(row_ptr + last + places, mask=places < V - last, other=-float("inf"))
+            following = tl.load(row_ptr + last + places, mask=places < accessed - last, other=-float("inf"))
         m_others = tl.max(m_lane, 0)
         m = tl.maximum(m_others, z_label)
         others = tl.sum(sum_lane * tl.exp(m_lane - m), 0)
@@ -221,6 +228,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
                 start = last - done
                 cols = start + places
                 following = tl.load(row_ptr - BLOCK + cols, mask=cols >= BLOCK, other=-float("inf"))
+                if PADDED:
+                    z = tl.where(cols < V, z, -float("inf"))
                 if CAPPED:
                     t = _tanh(z / softcap)
                     z = softcap * t
@@ -231,7 +240,10 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
                     d *= 1.0 - t * t
                 # It is wanted again only when all rows have passed; the rows that are being read shall stay.
                 tl.store(
-                    row_ptr + cols, d.to(logits_ptr.dtype.element_ty), mask=cols < V, eviction_policy="evict_first"
+                    row_ptr + cols,
+                    d.to(logits_ptr.dtype.element_ty),
+                    mask=cols < accessed,
+                    eviction_policy="evict_first",
                 )
 
 
@@ -246,18 +258,18 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: 
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
-def _row_block(V: int, itemsize: int, hopper: bool) -> tuple[int, int, int]:
+def _row_block(accessed: int, itemsize: int, hopper: bool) -> tuple[int, int, int]:
     """(columns per block, columns side by side, warps): every access of a thread is one of 16 bytes.
 
     A row is read twice, so no more rows may be in flight than the L2 cache holds: one per multiprocessor, by a program
     with all of its threads, and several of smaller programs where rows are short. With 64 registers a thread can have
-    two accesses under way (elsewhere than on Hopper that was not measured). Where V is no multiple of 16 the compiler
-    cannot tell that an access lies within the row as a whole and makes eight of it, which take more registers.
+    two accesses under way (elsewhere than on Hopper that was not measured). Where `accessed` is no multiple of 16 the
+    compiler makes eight accesses of one, which take more registers.
     """
     width = 16 // itemsize
-    short = V * itemsize <= _SHORT_ROW and V % 16 == 0
-    warps, accesses = (16, 1) if short else (32, 2 if hopper and V % 16 == 0 else 1)
-    block = min(max(next_power_of_2(V), 128), 32 * warps * width * accesses)
+    short = accessed * itemsize <= _SHORT_ROW and accessed % 16 == 0
+    warps, accesses = (16, 1) if short else (32, 2 if hopper and accessed % 16 == 0 else 1)
+    block = min(max(next_power_of_2(accessed), 128), 32 * warps * width * accesses)
     return block, width, max(1, min(block // (32 * width), warps))
 
 
@@ -270,13 +282,15 @@ def cross_entropy_rows_(
     gradient: bool = True,
     loss: Tensor | None = None,
     correct: Tensor | None = None,
+    padding: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(losses [C] fp32, hits [C] int32) of rows of logits; with `gradient`, dz is written over the logits.
 
     Nothing is normalised. An ignored row has loss 0 and gradient 0; a row whose label is no class (and not
     `ignore_index`) has loss NaN and gradient NaN: finding that out on the host would mean waiting for the device.
-    Rows may be slices of wider ones (stride(0) > V); `loss` and `correct` are buffers to write to. fp64 logits give
-    fp64 losses.
+    Rows may be slices of wider ones (stride(0) > V), of which `padding` columns beside the logits may be overwritten:
+    with as many as V lacks to a multiple of 16 the rows are passed faster. `loss` and `correct` are buffers to write
+    to. fp64 logits give fp64 losses.
 
     Raises:
         ValueError: a shape, a dtype or a stride does not fit.
@@ -289,6 +303,8 @@ def cross_entropy_rows_(
         raise ValueError(f"the logits have {V} classes, expected 1 to 2^30 - 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    if not 0 <= padding <= max(logits_CV.stride(0) - V, 0):
+        raise ValueError(f"padding is {padding}, but rows of {V} logits are {logits_CV.stride(0)} numbers apart")
     if logits_CV.stride(1) != 1 and V > 1:
         raise ValueError(f"logits have strides {logits_CV.stride()}, expected 1 in the last dimension: they change")
     kernels = runs_kernels(logits_CV, labels_C)
@@ -298,7 +314,9 @@ def cross_entropy_rows_(
     if not kernels:
         loss_C, correct_C = _rows_reference_(logits_CV, labels_C, ignore_index, softcap, gradient)
         return loss.copy_(loss_C), correct.copy_(correct_C)
-    block, width, num_warps = _row_block(V, logits_CV.element_size(), is_hopper(logits_CV.device))
+    rounded_up = cdiv(V, 16) * 16
+    accessed = rounded_up if rounded_up <= V + padding else V
+    block, width, num_warps = _row_block(accessed, logits_CV.element_size(), is_hopper(logits_CV.device))
     launch(
         _rows_kernel,
         (C,),
@@ -307,11 +325,13 @@ def cross_entropy_rows_(
         loss,
         correct,
         V,
+        accessed,
         logits_CV.stride(0),
         ignore_index,
         1.0 if softcap is None else float(softcap),
         CAPPED=softcap is not None,
         GRADIENT=gradient,
+        PADDED=accessed > V,
         BLOCK=block,
         WIDTH=width,
         num_warps=num_warps,
@@ -336,6 +356,12 @@ def default_chunk_rows(rows: int, V: int, itemsize: int) -> int:
     most = max(256, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (V * itemsize) // 256 * 256))
     num_chunks = max(1, cdiv(rows, most))
     return cdiv(max(1, cdiv(rows, num_chunks)), 256) * 256
+
+
+def _pieces(rows: int) -> list[slice]:
+    """The rows of a slab as they are multiplied: those beyond a multiple of _MULTIPLE on their own."""
+    whole = rows - rows % _MULTIPLE
+    return [some for some in (slice(0, whole), slice(whole, rows)) if some.start < some.stop]
 
 
 class _Whole:
@@ -407,7 +433,9 @@ def linear_cross_entropy_forward(
         logits_CV = buffer_CV[: end - start]
         parts_CV = logits_CV.split(SLAB_ROWS, dim=1)
         for place, part_CV in enumerate(parts_CV):
-            torch.mm(hidden_CH, head.slab(place, next(wanted)).t(), out=part_CV)
+            slab_VH = head.slab(place, next(wanted))
+            for some in _pieces(part_CV.shape[1]):
+                torch.mm(hidden_CH, slab_VH[some].t(), out=part_CV[:, some])
         cross_entropy_rows_(
             logits_CV,
             labels_T[start:end],
@@ -416,6 +444,7 @@ def linear_cross_entropy_forward(
             gradient=gradient,
             loss=loss_T[start:end],
             correct=correct_T[start:end],
+            padding=shape[1] - V,
         )
         if grad_TH is None:
             continue
@@ -424,7 +453,11 @@ def linear_cross_entropy_forward(
         elif len(up) == 1 and index is not None:
             grad_TH.index_copy_(0, index, torch.mm(logits_CV, head.slab(0, next(wanted))))
         else:
-            sums_CH = product(parts_CV[-1], head.slab(up[-1], next(wanted)), loss_dtype)
+            part_CV, slab_VH = parts_CV[-1], head.slab(up[-1], next(wanted))
+            first, *rest = _pieces(part_CV.shape[1])
+            sums_CH = product(part_CV[:, first], slab_VH[first], loss_dtype)
+            for some in rest:
+                add_product_(sums_CH, part_CV[:, some], slab_VH[some])
             for place in reversed(up[:-1]):
                 add_product_(sums_CH, parts_CV[place], head.slab(place, next(wanted)))
             if index is None:

@@ -257,12 +257,12 @@ def _decode_tiles(  # type: ignore[no-untyped-def]
         block = first_block + tile * BLOCKS + tl.arange(0, BLOCKS)
         mask = block < num_blocks
         byte_at = block.to(tl.int64)[:, None] * (BLOCKSIZE // 2) + half[None, :]
-        packed_bytes += (tl.load(packed + byte_at, mask=mask[:, None], other=0),)
-        stored += (tl.load(absmax + block, mask=mask, other=0),)
+        packed_bytes += (tl.load(packed + byte_at, mask=mask[:, None], other=0),)  # type: ignore[assignment]
+        stored += (tl.load(absmax + block, mask=mask, other=0),)  # type: ignore[assignment]
     for tile in tl.static_range(TILES):
         block = first_block + tile * BLOCKS + tl.arange(0, BLOCKS)
         mask = block < num_blocks
-        byte = packed_bytes[tile].to(tl.int32)
+        byte = packed_bytes[tile].to(tl.int32)  # type: ignore[var-annotated]
         a = _scales_of(stored[tile], code2, absmax2, offset, block, mask, NESTED)[:, None]
         high = looked_up(code, byte >> 4, LANES) * a
         low = looked_up(code, byte, LANES) * a

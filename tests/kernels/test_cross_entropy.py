@@ -280,7 +280,7 @@ def test_two_calls_of_one_window_add_up_to_one_call() -> None:
 def test_the_count_from_the_host_changes_the_work_and_not_the_result(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden, weight, labels = operands((4, 16), 16, 100, dtype, ignored=0.7)
+    hidden, weight, labels = operands((4, 16), 16, 96, dtype, ignored=0.7)
     n = int((labels != -100).sum())
     shapes = count_matrix_products(monkeypatch)
     flat = hidden.detach().view(-1, 16)
@@ -435,21 +435,29 @@ def test_strided_operands_are_as_good_as_contiguous_ones() -> None:
         close(torch.autograd.grad(found, view)[0], grad, 1e-6)
 
 
-def test_rows_may_be_slices_of_wider_ones() -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("padding", "touched"), [(0, 33), (14, 33), (15, 48), (260, 48)])
+def test_rows_may_be_slices_of_wider_ones(padding: int, touched: int, softcap: float | None) -> None:
+    """Of which no more is read or written than the padding allows, whatever is there."""
     torch.manual_seed(0)
     wide = torch.randn(5, 300)
+    wide[:, 40::2] = torch.nan
+    wide[:, 41::2] = torch.inf
     untouched = wide.clone()
-    labels = torch.tensor([0, 32, -100, 5, 9])
+    labels = torch.tensor([0, 32, -100, 5, 33])
     alone = wide[:, 7:40].clone()
-    expected = cross_entropy_rows_(alone, labels)
+    expected = cross_entropy_rows_(alone, labels, softcap=softcap)
     loss, correct = torch.empty(5), torch.empty(5, dtype=torch.int32)
-    found = cross_entropy_rows_(wide[:, 7:40], labels, loss=loss, correct=correct)
+    rows = wide[:, 7:40]
+    found = cross_entropy_rows_(rows, labels, softcap=softcap, loss=loss, correct=correct, padding=padding)
     assert found[0] is loss
-    assert torch.equal(loss, expected[0])
+    assert torch.equal(loss.isnan(), torch.tensor([False, False, False, False, True]))
+    assert torch.equal(loss[:4], expected[0][:4])
     assert torch.equal(correct, expected[1])
-    assert torch.equal(wide[:, 7:40], alone)
-    assert torch.equal(wide[:, :7], untouched[:, :7])
-    assert torch.equal(wide[:, 40:], untouched[:, 40:])
+    assert torch.equal(rows[:4], alone[:4])
+    assert rows[4].isnan().all()
+    for beside in (slice(0, 7), slice(7 + touched, 300)):
+        assert torch.equal(wide[:, beside].nan_to_num(), untouched[:, beside].nan_to_num())
 
 
 @pytest.mark.parametrize("size", [10, 3 * 128, 1000], ids=["too small", "just enough", "ample"])
@@ -492,6 +500,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         (lambda: cross_entropy_rows_(torch.zeros(4, 16), labels, softcap=-1.0), "softcap is -1.0"),
         (lambda: cross_entropy_rows_(torch.zeros(4, 16), labels, loss=torch.zeros(3)), r"loss is .* expected contig"),
         (lambda: cross_entropy_rows_(torch.zeros(64), labels), r"expected a floating-point \[C, V\]"),
+        (lambda: cross_entropy_rows_(torch.zeros(4, 16), labels, padding=1), "padding is 1, but rows of 16"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -270,7 +270,8 @@ def _decode_tiles(  # type: ignore[no-untyped-def]
         row = block // blocks_per_row
         start = row.to(tl.int64) * out_stride + (block - row * blocks_per_row) * BLOCKSIZE
         at = start[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
-        tl.store(out + at, values.to(out.dtype.element_ty), mask=mask[:, None])
+        # The product that follows reads it from the L2 cache, as far as it is there yet; the bytes are not read again.
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=mask[:, None], eviction_policy="evict_last")
 
 
 @triton.jit
@@ -359,8 +360,8 @@ def decode_arguments(weights: Sequence[NF4Weight], out: Tensor) -> tuple[int, li
     """How many programs decode them, and the arguments and options of `decode_part`. The options are a launch's too."""
     first = weights[0]
     K, blocksize, nested = first.shape[1], first.blocksize, first.code2 is not None
-    # Tiles of 2,048 elements (16 a thread), three a program: the best of a sweep on an H200.
-    blocks, tiles = max(2048 // blocksize, 1), 3
+    # Tiles of 2,048 elements (16 a thread), two a program: the best of a sweep on an H200.
+    blocks, tiles = max(2048 // blocksize, 1), 2
     padded = [*weights, *[first] * (3 - len(weights))]
     num_blocks = [weight.num_blocks if i < len(weights) else 0 for i, weight in enumerate(padded)]
     programs = [cdiv(count, blocks * tiles) for count in num_blocks]

@@ -276,7 +276,7 @@ def train(
                     break
                 yield Log(level="info", message=f"The plan: {plan.summary()}.", data={"plan": plan.to_json()})
                 with _memory_guard("the rehearsal of the largest micro-batch", recipe):
-                    _rehearse(network, optimizer, batching, longest_first(rows, valid_rows), min(lengths), device)
+                    _rehearse(network, batching, longest_first(rows, valid_rows), min(lengths), device)
                 progress.head_chunk_rows = plan.head_chunk_rows
                 break
             except TrainingFailure as failure:
@@ -699,18 +699,9 @@ def _plan(
 
 
 def _rehearse(
-    network: Network,
-    optimizer: AdamW,
-    batching: Batching,
-    longest_first: Iterable[Row],
-    shortest: int,
-    device: torch.device,
+    network: Network, batching: Batching, longest_first: Iterable[Row], shortest: int, device: torch.device
 ) -> None:
-    """A step with the largest micro-batch there can be, to no effect.
-
-    What memory there is not is missed now, and not later; and what kernels a machine has not built are built before the
-    training that a job's estimate speaks of.
-    """
+    """Run the largest micro-batch there can be, to no effect: what memory there is not is missed now, and not later."""
     generators = torch.get_rng_state()
     chosen: list[Row] = []
     room = batching.token_budget
@@ -723,8 +714,6 @@ def _rehearse(
     batch = _largest(chosen, batching)
     try:
         network.accumulate(batch.to(device), 1.0)
-        # By a norm that is not finite no step is taken.
-        optimizer.step(norm=torch.full_like(optimizer.grad_norm(), math.inf))
     finally:
         network.clear_gradients()
         torch.set_rng_state(generators)

@@ -425,29 +425,40 @@ def random_nf4(n: int, k: int) -> Any:
 
 
 def nf4(tokens: int, options: Options) -> Iterator[Case]:
-    """Decoding a weight with double quantisation."""
-    from graft_kernels.nf4 import decode, decode_reference
+    """Decoding with double quantisation: one weight, and all seven of a layer in a row, as a step decodes them."""
+    from graft_kernels.nf4 import decode_reference, decode_stacked
 
-    for n, k in ((I, H), (H, I), (H, H), (KEY_HEADS * D, H)):
-        weight, out, dense = random_nf4(n, k), draw(n, k), draw(n, k)
+    def case(name: str, *stacks: Sequence[tuple[int, int]]) -> Case:
+        ours = [([random_nf4(n, k) for n, k in stack], draw(sum(n for n, _ in stack), stack[0][1])) for stack in stacks]
+        shapes = [shape for stack in stacks for shape in stack]
 
-        def of_bitsandbytes(dense: Tensor = dense, out: Tensor = out) -> Call:
+        def all_of(function: Function, operands: Sequence[Sequence[Any]]) -> Call:
+            return lambda: [function(*each) for each in operands]
+
+        def quantised() -> list[Any]:
             quantize = peer("bitsandbytes.functional", "quantize_4bit")
-            packed, state = quantize(dense, quant_type="nf4", compress_statistics=True)
-            return partial(peer("bitsandbytes.functional", "dequantize_4bit"), packed, state, out=out)
+            return [quantize(draw(n, k), quant_type="nf4", compress_statistics=True) for n, k in shapes]
 
-        def of_unsloth(dense: Tensor = dense) -> Call:
-            quantize = peer("bitsandbytes.functional", "quantize_4bit")
-            packed, state = quantize(dense, quant_type="nf4", compress_statistics=True)
-            return partial(peer("unsloth.kernels.utils", "fast_dequantize"), packed, state)
+        def of_bitsandbytes() -> Call:
+            held, outs = quantised(), [draw(n, k) for n, k in shapes]
+            function = peer("bitsandbytes.functional", "dequantize_4bit")
+            operands = [(*both, out) for both, out in zip(held, outs, strict=True)]
+            return all_of(lambda packed, state, out: function(packed, state, out=out), operands)
 
         providers: dict[str, Provider] = {
-            "graft": timed(decode, weight, DTYPE, out=out),
-            "eager": timed(decode_reference, weight, DTYPE),
+            "graft": lambda: all_of(decode_stacked, [(weights, DTYPE, out) for weights, out in ours]),
+            "eager": lambda: all_of(decode_reference, [(weight, DTYPE) for weights, _ in ours for weight in weights]),
             "bitsandbytes": of_bitsandbytes,
-            "unsloth": of_unsloth,
+            "unsloth": lambda: all_of(peer("unsloth.kernels.utils", "fast_dequantize"), quantised()),
         }
-        yield Case("nf4", f"{n}x{k}", "decode", providers, weight.nbytes + out.nbytes, overhead={})
+        nbytes = sum(out.nbytes + sum(weight.nbytes for weight in weights) for weights, out in ours)
+        return Case("nf4", name, "decode", providers, nbytes, overhead={})
+
+    del tokens, options
+    for n, k in ((I, H), (H, I), (H, H), (KEY_HEADS * D, H)):
+        yield case(f"{n}x{k}", [(n, k)])
+    qkv = [(heads * D, H) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    yield case("a layer's seven weights", qkv, [(HEADS * D, H)], [(I, H), (I, H)], [(H, I)])
 
 
 def eager_lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: Any) -> Tensor:
@@ -874,7 +885,12 @@ def captured(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> Call:
+        graph.replay()
+        return call  # it holds what the graph reads and writes
+
+    return replay
 
 
 def in_turns(calls: dict[str, Call], quick: bool, lead: int) -> dict[str, tuple[float, float, float]]:

@@ -28,6 +28,9 @@ them half empty. So a program may take an equal stretch of all steps of all tile
 them: of two, the other's to its own, and of more all anew, from the first step's to the last's. Which one comes last
 depends on the run; the sum does not, since a + b is b + a.
 
+Where 128 tokens or fewer are left for the last tile, or 64, it is of so many. Its steps take less time, so what is
+shared out equally is not steps but what they cost.
+
 The decoded values are those of `nf4.decode` to the last bit. Gluon has no interpreter, so on a machine without a card
 this kernel is compiled and not run.
 """
@@ -49,6 +52,9 @@ _PROGRAMS = 128
 # A tile of the product: tokens and outputs; and of the reduction, what a program takes at a time and how many tiles of
 # 64 have a place in shared memory, forward and backward.
 BLOCK_M, BLOCK_O = 256, 128
+# A last tile is of no more tokens than are left, in these sizes; its step costs 5, by its time, where one of BLOCK_M
+# costs 7.
+LAST_M, COST, LAST_COST = (64, 128), 7, 5
 STEP = {"forward": 128, "backward": 64}
 _STAGES = {"forward": 5, "backward": 4}
 
@@ -316,24 +322,154 @@ def _multiplied_from_shared(  # type: ignore[no-untyped-def]
     return hopper.warpgroup_mma_wait(num_outstanding=0, deps=[acc])
 
 
+def cost_before(step, steps, tiles_m, COST: gl.constexpr, LAST_COST: gl.constexpr):  # type: ignore[no-untyped-def]
+    """What all steps before `step` cost, where `steps` make a tile and the last of `tiles_m` tiles is a cheaper one."""
+    dear = (tiles_m - 1) * steps
+    rest = step % (tiles_m * steps)
+    whole = step // (tiles_m * steps) * (dear * COST + steps * LAST_COST)
+    return whole + min(rest, dear) * COST + max(rest - dear, 0) * LAST_COST
+
+
+def step_at(cost, steps, tiles_m, COST: gl.constexpr, LAST_COST: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The step that is under way when `cost` has been spent."""
+    dear = (tiles_m - 1) * steps
+    rest = cost % (dear * COST + steps * LAST_COST)
+    whole = cost // (dear * COST + steps * LAST_COST) * (tiles_m * steps)
+    return whole + min(rest // COST, dear) + max(rest - dear * COST, 0) // LAST_COST
+
+
+def payer(cost, programs, total):  # type: ignore[no-untyped-def]
+    """Which of `programs`, with equal shares of `total`, spends the last of `cost`."""
+    return (cost * programs - 1) // total
+
+
+# The host shares out by the same three.
+_cost_before, _step_at, _payer = gluon.jit(cost_before), gluon.jit(step_at), gluon.jit(payer)
+
+
 @gluon.jit
-def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
-    in_desc, w_desc, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, s_ptr, up_ptr, bias_ptr, out_ptr,
-    parts_ptr, arrivals_ptr,
+def _part_of_tile(  # type: ignore[no-untyped-def]
+    in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived,
+    absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane, offset, s_ptr, up_ptr, bias_ptr, out_ptr, parts_ptr, arrivals_ptr,
+    own_m, tile, first, count, done, tiles_m, steps, total,
     M, out_size, sum_size, stride_out, row_blocks, stride_uo, stride_uj, scale,
     RANK: gl.constexpr, S_SPLITS: gl.constexpr, BACKWARD: gl.constexpr,
     NESTED: gl.constexpr, HAS_BIAS: gl.constexpr, CUT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_O: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    TILE_M: gl.constexpr, PART_M: gl.constexpr, BLOCK_O: gl.constexpr, STAGES: gl.constexpr,
+    COST: gl.constexpr, LAST_COST: gl.constexpr,
 ):  # fmt: skip
+    """`count` steps of a tile of TILE_M tokens from `first` on, and the tile itself, if that was all it wanted."""
     dtype: gl.constexpr = in_desc.dtype
     WARPS: gl.constexpr = gl.num_warps()
     # A warp takes 16 outputs, a warpgroup 64.
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_M, 16])
+    o0 = tile // tiles_m * BLOCK_O
+    # Where tokens are left for less than a tile, it begins before them: rows outside are slow to copy.
+    m0 = gl.minimum(own_m, gl.maximum(M - TILE_M, 0))
+    # All warps are done with what the part before left in shared memory.
+    hopper.fence_async_shared()
+    barrier()
+    acc = gl.zeros((BLOCK_O, TILE_M), gl.float32, MMA)
+    if BACKWARD:
+        acc = _multiplied_from_shared(
+            acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr,
+            code_of_lane, offset, m0, o0, first, count, done, out_size, row_blocks,
+            NESTED, BLOCK_O, STAGES,
+        )  # fmt: skip
+    else:
+        acc = _multiplied_from_registers(
+            acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane,
+            offset, m0, o0, first, count, done, out_size, sum_size, row_blocks,
+            NESTED, MMA, BLOCK_O, STAGES,
+        )  # fmt: skip
 
+    # out += S · upᵀ, in the same accumulators, by the part that ends the tile
+    if RANK > 0 and first + count == steps:
+        # Sixteen ranks at a time: registers hold little beside the sums.
+        LOW: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+        LOW_SHARED: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+        lm = m0 + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, LOW))
+        lo = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, LOW))
+        for j0 in range(0, RANK, 16):
+            lj = j0 + gl.arange(0, 16, layout=gl.SliceLayout(0, LOW))
+            s = gl.zeros((TILE_M, 16), gl.float32, LOW)
+            # Four parts at a time, for the same reason.
+            for first_split in range(0, S_SPLITS, 4):
+                for split in gl.static_range(min(4, S_SPLITS)):
+                    s += gl.load(s_ptr + ((first_split + split) * M + lm)[:, None] * RANK + lj[None, :],
+                                 mask=(lm < M)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
+            up = gl.load(up_ptr + lo.to(gl.int64)[:, None] * stride_uo + lj[None, :] * stride_uj,
+                         mask=(lo < out_size)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
+            s_shared = gl.allocate_shared_memory(dtype, [TILE_M, 16], LOW_SHARED, (s * scale).to(dtype))
+            up_shared = gl.allocate_shared_memory(dtype, [BLOCK_O, 16], LOW_SHARED, up.to(dtype))
+            hopper.fence_async_shared()
+            barrier()
+            acc = hopper.warpgroup_mma(up_shared, s_shared.permute((1, 0)), acc)
+
+    complete = count == steps
+    if CUT:  # noqa: SIM102 (a constant: without it, what follows is not compiled)
+        if count < steps:
+            # A part. The programs that share the tile are those with its first and its last step, and all between.
+            programs = gl.num_programs(0).to(gl.int64)
+            until_first = _cost_before(tile * steps + 1, steps, tiles_m, COST, LAST_COST)
+            until_last = _cost_before(tile * steps + steps, steps, tiles_m, COST, LAST_COST)
+            first_program = _payer(until_first, programs, total).to(gl.int32)
+            last_program = _payer(until_last, programs, total).to(gl.int32)
+            parts = last_program - first_program + 1
+            cell_o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
+            cell_m = gl.arange(0, TILE_M, layout=gl.SliceLayout(0, MMA))
+            cell_ptrs = parts_ptr + cell_o[:, None] * TILE_M + cell_m[None, :]
+            # A program has two places: for the part it begins with, and for the one that begins a tile.
+            place = gl.program_id(0) * 2 + (first == 0).to(gl.int32)
+            gl.store(cell_ptrs + place.to(gl.int64) * (BLOCK_O * PART_M), acc)
+            barrier()
+            before = gl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel", scope="gpu")
+            complete = before == parts - 1
+            if complete:
+                if parts == 2:
+                    place = first_program * 2 + gl.where(first == 0, 2, 1)
+                    acc += gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * PART_M), cache_modifier=".cg")
+                else:
+                    place = first_program * 2 + 1
+                    acc = gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * PART_M), cache_modifier=".cg")
+                    for part in range(1, parts):
+                        place = (first_program + part) * 2
+                        acc += gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * PART_M), cache_modifier=".cg")
+    if complete:
+        if HAS_BIAS:
+            bo = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
+            acc += gl.load(bias_ptr + bo, mask=bo < out_size, other=0.0).to(gl.float32)[:, None]
+        # Turned by way of shared memory, so that neighbouring threads write neighbouring outputs: in the places of
+        # the input, which nobody reads any more.
+        TURNED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_O, BLOCK_O // 8], [WARPS, 1], [1, 0])
+        turned = in_shared.index(0)._reinterpret(dtype, [TILE_M, BLOCK_O], TURNED)
+        barrier()
+        turned.store(gl.permute(acc.to(dtype), (1, 0)))
+        barrier()
+        m = m0 + gl.arange(0, TILE_M, layout=gl.SliceLayout(1, OUT))
+        o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, OUT))
+        out_ptrs = out_ptr + m.to(gl.int64)[:, None] * stride_out + o[None, :]
+        gl.store(out_ptrs, turned.load(OUT), mask=((m >= own_m) & (m < M))[:, None] & (o < out_size)[None, :])
+
+
+@gluon.jit
+def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
+    in_desc, last_desc, w_desc, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, s_ptr, up_ptr, bias_ptr,
+    out_ptr, parts_ptr, arrivals_ptr,
+    M, out_size, sum_size, stride_out, row_blocks, stride_uo, stride_uj, scale,
+    RANK: gl.constexpr, S_SPLITS: gl.constexpr, BACKWARD: gl.constexpr,
+    NESTED: gl.constexpr, HAS_BIAS: gl.constexpr, CUT: gl.constexpr,
+    BLOCK_M: gl.constexpr, LAST_M: gl.constexpr, BLOCK_O: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    COST: gl.constexpr, LAST_COST: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = in_desc.dtype
     in_shared = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 64], in_desc.layout)
+    last_shared = in_shared._reinterpret(dtype, [STAGES, LAST_M, 64], in_desc.layout)
     ROWS: gl.constexpr = 64 if BACKWARD else BLOCK_O
     COLUMNS: gl.constexpr = BLOCK_O if BACKWARD else 64
     w_shared = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, COLUMNS // 8], w_desc.layout)
+    tiles_shared = None
     if BACKWARD:
         tiles_shared = gl.allocate_shared_memory(dtype, [3, 64, BLOCK_O], gl.NVMMASharedLayout(128, 16, 2))
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -343,14 +479,15 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
     offset = gl.load(offset_ptr) if NESTED else 0.0
     code_of_lane = code_by_lane(code_ptr, M, True)
 
-    # This program's stretch of all steps.
+    # This program's stretch of all steps, which costs as much as any other's.
     tiles_m = gl.cdiv(M, BLOCK_M)
     steps = gl.cdiv(sum_size, STEP)
-    total = tiles_m * gl.cdiv(out_size, BLOCK_O) * steps
+    total = _cost_before(tiles_m * gl.cdiv(out_size, BLOCK_O) * steps, steps, tiles_m, COST, LAST_COST)
     programs = gl.num_programs(0)
     if CUT:
-        at = (gl.program_id(0).to(gl.int64) * total // programs).to(gl.int32)
-        end = ((gl.program_id(0).to(gl.int64) + 1) * total // programs).to(gl.int32)
+        paid = gl.program_id(0).to(gl.int64) * total
+        at = _step_at((paid // programs).to(gl.int32), steps, tiles_m, COST, LAST_COST)
+        end = _step_at(((paid + total) // programs).to(gl.int32), steps, tiles_m, COST, LAST_COST)
     else:
         at = gl.program_id(0) * steps
         end = at + steps
@@ -361,94 +498,25 @@ def _fused_hopper_kernel(  # type: ignore[no-untyped-def]
         tile = at // steps
         first = at % steps
         count = gl.minimum(steps - first, end - at)
-        o0 = tile // tiles_m * BLOCK_O
         own_m = tile % tiles_m * BLOCK_M
-        # Where tokens are left for less than a tile, it begins before them: rows outside are slow to copy.
-        m0 = gl.minimum(own_m, gl.maximum(M - BLOCK_M, 0))
-        # All warps are done with what the part before left in shared memory.
-        hopper.fence_async_shared()
-        barrier()
-        acc = gl.zeros((BLOCK_O, BLOCK_M), gl.float32, MMA)
-        if BACKWARD:
-            acc = _multiplied_from_shared(
-                acc, in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr,
-                code_of_lane, offset, m0, o0, first, count, done, out_size, row_blocks,
-                NESTED, BLOCK_O, STAGES,
+        if LAST_M < BLOCK_M and tile % tiles_m == tiles_m - 1:
+            _part_of_tile(
+                last_desc, w_desc, last_shared, w_shared, tiles_shared, arrived,
+                absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane, offset, s_ptr, up_ptr, bias_ptr, out_ptr, parts_ptr,
+                arrivals_ptr, own_m, tile, first, count, done, tiles_m, steps, total,
+                M, out_size, sum_size, stride_out, row_blocks, stride_uo, stride_uj, scale,
+                RANK, S_SPLITS, BACKWARD, NESTED, HAS_BIAS, CUT, LAST_M, BLOCK_M, BLOCK_O, STAGES, COST, LAST_COST,
             )  # fmt: skip
         else:
-            acc = _multiplied_from_registers(
-                acc, in_desc, w_desc, in_shared, w_shared, arrived, absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane,
-                offset, m0, o0, first, count, done, out_size, sum_size, row_blocks,
-                NESTED, MMA, BLOCK_O, STAGES,
+            _part_of_tile(
+                in_desc, w_desc, in_shared, w_shared, tiles_shared, arrived,
+                absmax_ptr, code2_ptr, absmax2_ptr, code_of_lane, offset, s_ptr, up_ptr, bias_ptr, out_ptr, parts_ptr,
+                arrivals_ptr, own_m, tile, first, count, done, tiles_m, steps, total,
+                M, out_size, sum_size, stride_out, row_blocks, stride_uo, stride_uj, scale,
+                RANK, S_SPLITS, BACKWARD, NESTED, HAS_BIAS, CUT, BLOCK_M, BLOCK_M, BLOCK_O, STAGES, COST, LAST_COST,
             )  # fmt: skip
         done += count * (STEP // 64)
         at += count
-
-        # out += S · upᵀ, in the same accumulators, by the part that ends the tile
-        if RANK > 0 and first + count == steps:
-            # Sixteen ranks at a time: registers hold little beside the sums.
-            LOW: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-            LOW_SHARED: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-            lm = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LOW))
-            lo = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, LOW))
-            for j0 in range(0, RANK, 16):
-                lj = j0 + gl.arange(0, 16, layout=gl.SliceLayout(0, LOW))
-                s = gl.zeros((BLOCK_M, 16), gl.float32, LOW)
-                # Four parts at a time, for the same reason.
-                for first_split in range(0, S_SPLITS, 4):
-                    for split in gl.static_range(min(4, S_SPLITS)):
-                        s += gl.load(s_ptr + ((first_split + split) * M + lm)[:, None] * RANK + lj[None, :],
-                                     mask=(lm < M)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
-                up = gl.load(up_ptr + lo.to(gl.int64)[:, None] * stride_uo + lj[None, :] * stride_uj,
-                             mask=(lo < out_size)[:, None] & (lj < RANK)[None, :], other=0.0)  # fmt: skip
-                s_shared = gl.allocate_shared_memory(dtype, [BLOCK_M, 16], LOW_SHARED, (s * scale).to(dtype))
-                up_shared = gl.allocate_shared_memory(dtype, [BLOCK_O, 16], LOW_SHARED, up.to(dtype))
-                hopper.fence_async_shared()
-                barrier()
-                acc = hopper.warpgroup_mma(up_shared, s_shared.permute((1, 0)), acc)
-
-        complete = count == steps
-        if CUT:  # noqa: SIM102 (a constant: without it, what follows is not compiled)
-            if count < steps:
-                # A part. The programs that share the tile are those with its first and its last step, and all between.
-                begin = (tile * steps).to(gl.int64)
-                first_program = (((begin + 1) * programs - 1) // total).to(gl.int32)
-                parts = (((begin + steps) * programs - 1) // total).to(gl.int32) - first_program + 1
-                cell_o = gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
-                cell_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-                cell_ptrs = parts_ptr + cell_o[:, None] * BLOCK_M + cell_m[None, :]
-                # A program has two places: for the part it begins with, and for the one that begins a tile.
-                place = gl.program_id(0) * 2 + (first == 0).to(gl.int32)
-                gl.store(cell_ptrs + place.to(gl.int64) * (BLOCK_O * BLOCK_M), acc)
-                barrier()
-                before = gl.atomic_add(arrivals_ptr + first_program, 1, sem="acq_rel", scope="gpu")
-                complete = before == parts - 1
-                if complete:
-                    if parts == 2:
-                        place = first_program * 2 + gl.where(first == 0, 2, 1)
-                        acc += gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * BLOCK_M), cache_modifier=".cg")
-                    else:
-                        place = first_program * 2 + 1
-                        acc = gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * BLOCK_M), cache_modifier=".cg")
-                        for part in range(1, parts):
-                            place = (first_program + part) * 2
-                            acc += gl.load(cell_ptrs + place.to(gl.int64) * (BLOCK_O * BLOCK_M), cache_modifier=".cg")
-        if complete:
-            if HAS_BIAS:
-                bo = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, MMA))
-                acc += gl.load(bias_ptr + bo, mask=bo < out_size, other=0.0).to(gl.float32)[:, None]
-            # Turned by way of shared memory, so that neighbouring threads write neighbouring outputs: in the places of
-            # the input, which nobody reads any more.
-            TURNED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-            OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_O, BLOCK_O // 8], [WARPS, 1], [1, 0])
-            turned = in_shared.index(0)._reinterpret(dtype, [BLOCK_M, BLOCK_O], TURNED)
-            barrier()
-            turned.store(gl.permute(acc.to(dtype), (1, 0)))
-            barrier()
-            m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, OUT))
-            o = o0 + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(0, OUT))
-            out_ptrs = out_ptr + m.to(gl.int64)[:, None] * stride_out + o[None, :]
-            gl.store(out_ptrs, turned.load(OUT), mask=((m >= own_m) & (m < M))[:, None] & (o < out_size)[None, :])
 
 
 def low_rank_parts(in_: Tensor, down_jR: Tensor, arrivals: Tensor | None = None) -> Tensor:
@@ -472,6 +540,26 @@ def low_rank_parts(in_: Tensor, down_jR: Tensor, arrivals: Tensor | None = None)
     return parts
 
 
+class Tiles(NamedTuple):
+    """How a product is cut into tiles, and what a step in them costs."""
+
+    tiles_m: int
+    last_m: int  # tokens of the last tile
+    costs: tuple[int, int]  # of a step in a tile, and in the last one
+    steps: int  # of each
+    total: int  # what all steps of all tiles cost
+
+
+def tiles_of(m: int, out_size: int, sum_size: int, direction: str) -> Tiles:
+    """For M tokens and a weight of which `out_size` rows or columns come out and `sum_size` are summed over."""
+    tiles_m, steps = cdiv(m, BLOCK_M), cdiv(sum_size, STEP[direction])
+    left = m - (tiles_m - 1) * BLOCK_M
+    last_m = next((size for size in LAST_M if left <= size < m), BLOCK_M)
+    costs = (1, 1) if last_m == BLOCK_M else (COST, LAST_COST)
+    total = cost_before(tiles_m * cdiv(out_size, BLOCK_O) * steps, steps, tiles_m, *costs)
+    return Tiles(tiles_m, last_m, costs, steps, total)
+
+
 class Product(NamedTuple):
     """What either direction is to the kernels: O is the side that comes out, R the one that is summed over."""
 
@@ -493,11 +581,11 @@ def fused_hopper(product: Product, programs: int) -> None:
     in_, weight, down_jR, up_Oj, scale, bias, out, backward = product
     (m, sum_size), out_size, (n, k) = in_.shape, out.shape[1], weight.shape
     direction = "backward" if backward else "forward"
-    tiles = cdiv(m, BLOCK_M) * cdiv(out_size, BLOCK_O)
+    tiles = tiles_of(m, out_size, sum_size, direction)
     rank, parts, arrivals, s = 0, None, None, None
     stride_up: tuple[int, ...] = (0, 0)
     if programs:
-        programs = min(programs, tiles * cdiv(sum_size, STEP[direction]))  # none is left without a step
+        programs = min(programs, tiles.total // tiles.costs[0])  # none is left without a step
         parts = in_.new_empty(programs, 2, BLOCK_O, BLOCK_M, dtype=torch.float32)
         # Zeros, which the launch that makes S writes, if there is one.
         arrivals = (in_.new_zeros if down_jR is None else in_.new_empty)(programs, dtype=torch.int32)
@@ -505,18 +593,23 @@ def fused_hopper(product: Product, programs: int) -> None:
         rank, stride_up = down_jR.shape[0], up_Oj.stride()
         s = low_rank_parts(in_, down_jR, arrivals)
     # Tiles of the tensor memory accelerator: zeros outside.
-    in_tiles = TensorDescriptor.from_tensor(in_, [BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, 2))
+    in_tiles, last_tiles = (
+        TensorDescriptor.from_tensor(in_, [rows, 64], gl.NVMMASharedLayout(128, 16, 2))
+        for rows in (BLOCK_M, tiles.last_m)
+    )
     rows, columns = (64, BLOCK_O) if backward else (BLOCK_O, 64)
     words_NK = weight.packed.view(n, k // 2).view(torch.int32)
     w_tiles = TensorDescriptor.from_tensor(words_NK, [rows, columns // 8], gl.NVMMASharedLayout(columns // 2, 32, 2))
     launch(
         _fused_hopper_kernel,
-        (programs or tiles,),
-        in_tiles, w_tiles, weight.absmax, code_table(in_.device), weight.code2, weight.absmax2, weight.offset,
+        (programs or tiles.tiles_m * cdiv(out_size, BLOCK_O),),
+        in_tiles, last_tiles, w_tiles,
+        weight.absmax, code_table(in_.device), weight.code2, weight.absmax2, weight.offset,
         s, up_Oj, bias, out, parts, arrivals,
         m, out_size, sum_size, out.stride(0), k // 64, *stride_up, float(scale),
         RANK=rank, S_SPLITS=0 if s is None else s.shape[0], BACKWARD=backward,
         NESTED=weight.code2 is not None, HAS_BIAS=bias is not None, CUT=programs > 0,
-        BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O, STEP=STEP[direction], STAGES=_STAGES[direction],
+        BLOCK_M=BLOCK_M, LAST_M=tiles.last_m, BLOCK_O=BLOCK_O, STEP=STEP[direction], STAGES=_STAGES[direction],
+        COST=tiles.costs[0], LAST_COST=tiles.costs[1],
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

@@ -32,14 +32,14 @@ Nothing is kept for a backward; this file has no autograd, its caller has.
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graft_kernels.fused_hopper import BLOCK_M, BLOCK_O, STEP, Product, fused_hopper
+from graft_kernels.fused_hopper import BLOCK_O, Product, fused_hopper, step_at, tiles_of
 from graft_kernels.launch import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -369,22 +369,28 @@ def fused_config(
 
 @functools.cache
 def _hopper_config(m: int, out_size: int, sum_size: int, direction: str) -> FusedConfig:
-    """The cut whose time the sweep's figures predict to be least, in microseconds: of a step of the reduction, of going
-    on to another tile, and of leaving and adding the parts of one."""
+    """The cut whose time is predicted to be least, in microseconds.
+
+    From sweeps on an H100 and an H200: of a step of the reduction, of going on to another tile, and of leaving and
+    adding parts, which takes longer where the outputs' tiles begin at different places in the programs' stretches:
+    programs that share a tile then end at different times, and neighbours read different parts of the input.
+    """
     step_us = {"forward": 1.6, "backward": 0.92}[direction]
-    tiles, steps = cdiv(m, BLOCK_M) * cdiv(out_size, BLOCK_O), cdiv(sum_size, STEP[direction])
-    total = tiles * steps
-    cuts = {0: step_us * steps * cdiv(tiles, _MULTIPROCESSORS)}
+    tiles_m, _, costs, steps, total = tiles_of(m, out_size, sum_size, direction)
+    tiles_o = cdiv(out_size, BLOCK_O)
+    # A tile each: whoever is done takes the next.
+    busy = [0.0] * _MULTIPROCESSORS
+    for tile in range(tiles_m * tiles_o):
+        last = (tile + 1) % tiles_m == 0
+        heapq.heapreplace(busy, busy[0] + step_us * steps * costs[last] / costs[0])
+    cuts = {0: max(busy)}
     for programs in (_MULTIPROCESSORS, 128, 96, 64):
-        if programs > total:
+        if programs > total // costs[0]:
             continue
-        ends = [i * total // programs for i in range(programs + 1)]
+        ends = [step_at(i * total // programs, steps, tiles_m, *costs) for i in range(programs + 1)]
         touched = max((end - 1) // steps - begin // steps + 1 for begin, end in itertools.pairwise(ends))
-        shared = max(
-            Counter(tile for i in range(programs) for tile in {ends[i] // steps, (ends[i + 1] - 1) // steps}).values()
-        )
-        cuts[programs] = step_us * cdiv(total, programs) + 4.0 * (touched - 1) + (14.0 if shared == 2 else 26.0)
-        if shared > 2 and touched > 1:
+        cuts[programs] = step_us * total / (programs * costs[0]) + 6.0 + 2.0 * (touched - 1)
+        if programs % tiles_o and tiles_o % programs:
             cuts[programs] += 12.0
     return FusedConfig(hopper=True, programs=min(cuts, key=lambda programs: cuts[programs]))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from graft_kernels.fused_hopper import low_rank_parts
+from graft_kernels.fused_hopper import BLOCK_O, cost_before, low_rank_parts, payer, step_at, tiles_of
 from graft_kernels.fused_linear import (
     MAX_RANK,
     FusedConfig,
@@ -25,6 +26,8 @@ from graft_kernels.nf4 import NF4Weight, decode
 DTYPES = [torch.float16, torch.float32 if INTERPRETED else torch.bfloat16]
 # What one rounding of the result, and one of S, may cost.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+SHAPES = {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "o": (4096, 4096)}
 
 VARIANTS = {
     "transposed": FusedConfig(block_m=64, block_o=64, block_r=128),
@@ -150,6 +153,7 @@ def test_on_hopper_every_cut_is_the_float64_product(variant: str, device: str) -
         return
     for dtype in (torch.float16, torch.bfloat16):
         check(300, 192, 320, 16, dtype, HOPPER[variant], nested=True)
+        check(384, 320, 4096, 16, dtype, HOPPER[variant], nested=True)
         check(257, 128, 192, 3, dtype, HOPPER[variant], nested=False, bias=True)
         check(1, 320, 64, 64, dtype, HOPPER[variant], nested=True, bias=True)
         check(512, 64, 4096, 0, dtype, HOPPER[variant], nested=True)
@@ -179,6 +183,26 @@ def test_on_hopper_every_run_gives_the_same_bits(variant: str, device: str) -> N
     for function in (fused_forward, fused_backward_dx):
         first = function(x, weight, a, b, config=HOPPER[variant])
         assert all(torch.equal(function(x, weight, a, b, config=HOPPER[variant]), first) for _ in range(20))
+
+
+@pytest.mark.parametrize(("n", "k"), [(192, 320), *SHAPES.values()])
+@pytest.mark.parametrize("m", [1, 256, 257, 320, 321, 384, 385, 512, 600, 3000])
+def test_on_hopper_programs_share_all_steps_at_equal_cost_and_know_each_other(m: int, n: int, k: int) -> None:
+    """A tile whose programs miscount each other is never finished, or before its last part is there."""
+    tiles_m, _, costs, steps, total = tiles_of(m, n, k, "forward")
+    all_steps = tiles_m * -(-n // BLOCK_O) * steps
+    for wanted in (2, 7, 96, 128, 132):
+        programs = min(wanted, total // costs[0])
+        ends = [step_at(i * total // programs, steps, tiles_m, *costs) for i in range(programs + 1)]
+        assert (ends[0], ends[-1]) == (0, all_steps)
+        stretches = list(itertools.pairwise(ends))
+        assert all(begin < end for begin, end in stretches)
+        paid = [cost_before(end, steps, tiles_m, *costs) for end in ends]
+        assert max(after - before for before, after in itertools.pairwise(paid)) < total / programs + costs[0]
+        owner = [program for program, (begin, end) in enumerate(stretches) for _ in range(begin, end)]
+        for begin in range(0, all_steps, steps):
+            for step in (begin, begin + steps - 1):
+                assert payer(cost_before(step + 1, steps, tiles_m, *costs), programs, total) == owner[step]
 
 
 def test_on_hopper_a_tile_each_is_the_same_product_for_thousands_of_tiles(device: str) -> None:
@@ -364,9 +388,6 @@ def test_a_cut_that_straddles_scales_is_refused(device: str) -> None:
         fused_forward(torch.randn(2, 128).half(), random_weight(72, 128), out=torch.empty(2, 71).half())
 
 
-SHAPES = {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "o": (4096, 4096)}
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_rule_cuts_every_real_shape_sensibly(shape: str, direction: str) -> None:
@@ -411,6 +432,6 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, config in VARIANTS.items():
         yield name, case(128, 4096, 4096, 16, bf16, True, config)
     # Where a card has no such tensor cores, the rule takes the other kernel for the same tokens.
-    for m, n, k in ((192, 14336, 4096), (384, 28672, 4096), (512, 4096, 4096), (512, 4096, 14336)):
+    for m, n, k in ((192, 14336, 4096), (384, 28672, 4096), (320, 6144, 4096), (512, 4096, 4096), (512, 4096, 14336)):
         yield f"rule, {m} tokens, [{n}, {k}]", case(m, n, k, 16, bf16, True)
     yield "rule, 512 tokens, rank 64, plain scales, fp16", case(512, 6144, 4096, 64, torch.float16, False)

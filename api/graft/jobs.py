@@ -511,7 +511,7 @@ def claim(
     taken = connection_of(session).execute(_CLAIM, asked).one_or_none()
     if taken is None:
         return None
-    told = "Fine-tuning job started" if first else f"Fine-tuning job taken up again (attempt {taken.attempt})"
+    told = f"Fine-tuning job {'started' if first else 'taken up again'}"
     _write_events(session, job.id, taken.last_event, [Event(told)])
     assert taken.recipe is not None, "a queued job has a recipe"
     return Claim(

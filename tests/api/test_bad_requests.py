@@ -299,6 +299,13 @@ def test_a_nul_in_a_query_is_no_question(http: TestClient) -> None:
     assert refusal(http.get(f"{JOBS}?after=a%00b"))[0] == 404
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses"])
+def test_who_asks_for_an_answer_is_told_where_the_model_can_be_run(path: str, http: TestClient) -> None:
+    answer = http.post(f"/v1/{path}", json={"model": "ft:graft-tiny:default::x"})
+    assert refusal(answer) == (404, "unknown_url", None)
+    assert "GET /v1/adapters/" in answer.json()["error"]["message"]
+
+
 def test_an_unknown_url_and_method_answer_in_the_envelope(http: TestClient) -> None:
     assert refusal(http.get("/v1/nothing")) == (404, "unknown_url", None)
     assert refusal(http.get("/v2")) == (404, "unknown_url", None)

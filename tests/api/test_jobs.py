@@ -232,7 +232,7 @@ def test_a_stopping_worker_gives_its_job_back_without_a_loss(database: Database)
     assert again.attempt == held.attempt + 1
     assert again.model_name == held.model_name
     assert look(database, held.job_id).started_at == job.started_at
-    assert story(database, held.job_id)[-1].message == "Fine-tuning job taken up again (attempt 2)"
+    assert story(database, held.job_id)[-1].message == "Fine-tuning job taken up again"
 
 
 def test_events_are_numbered_without_gaps_whoever_writes(database: Database) -> None:

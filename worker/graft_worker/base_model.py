@@ -240,7 +240,11 @@ def _resolve(source: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         reason, cause = f"it has no revision '{revision}'", error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason, cause = "it is not in the local cache and the Hub cannot be reached", error
+        reason = (
+            "it is not in the local cache and the Hub cannot be reached: let the worker reach it once, copy a cache to "
+            "its HF_HOME, or name a folder with the model's files as its source in models.toml (GRAFT_MODELS)"
+        )
+        cause = error
         passing = not constants.is_offline_mode()
     except HFValidationError as error:
         reason, cause = "this is neither a folder nor a repository id of the form 'owner/name'", error

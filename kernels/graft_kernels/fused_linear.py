@@ -372,8 +372,8 @@ def _hopper_config(m: int, out_size: int, sum_size: int, direction: str) -> Fuse
     """The cut whose time is predicted to be least, in microseconds.
 
     From sweeps on an H100 and an H200: of a step of the reduction, of going on to another tile, and of leaving and
-    adding parts, which takes longer where the outputs' tiles begin at different places in the programs' stretches:
-    programs that share a tile then end at different times, and neighbours read different parts of the input.
+    adding parts, which takes longer where the outputs' tiles begin at different places in the programs' stretches (most
+    likely because programs that share a tile then end at different times).
     """
     step_us = {"forward": 1.6, "backward": 0.92}[direction]
     tiles_m, _, costs, steps, total = tiles_of(m, out_size, sum_size, direction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_the_catalogue_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     for model in catalogue.models.values():
         assert model.parameters > 0
         assert not model.gated or "HF_TOKEN" in model.description
+
+
+def test_a_model_of_openais_means_the_same_base_with_and_without_its_date() -> None:
+    catalogue = load_catalogue(Settings().models)
+    dated = {name: re.sub(r"-(\d{4}|\d{4}-\d\d-\d\d)$", "", name) for name in catalogue.aliases}
+    families = {"gpt-4.1", "gpt-4.1-mini", "gpt-4.1-nano", "gpt-4o", "gpt-4o-mini", "gpt-3.5-turbo"}
+    assert {plain for name, plain in dated.items() if name != plain} == families
+    for name, plain in dated.items():
+        assert catalogue.resolve(name) is catalogue.resolve(plain)
 
 
 def test_a_catalogue_travels_with_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def _explain(error: RequestValidationError) -> InvalidRequest:
     if param == "suffix":
         code = "invalid_suffix"
         text = (
-            "Invalid value for 'suffix': 1 to 64 letters, digits, '-', '_' or single '.', "
+            "Invalid value for 'suffix': 1 to 64 letters, digits, '-', '_' or single '.' or spaces between them, "
             "starting with a letter or digit."
         )
     return InvalidRequest(text, code=code, param=param)

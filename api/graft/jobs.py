@@ -522,7 +522,7 @@ def claim(
         training_file=taken.training_file,
         validation_file=taken.validation_file,
         # OpenAI's form; the same for every attempt.
-        model_name=f"ft:{taken.base_model}:{job.organization}:{taken.suffix or ''}:{job.id[-8:]}",
+        model_name=f"ft:{taken.base_model}:{job.organization}:{(taken.suffix or '').replace(' ', '-')}:{job.id[-8:]}",
         worker=worker,
         gpu_seconds=taken.gpu_seconds,
         smaller_plans=taken.smaller_plans,

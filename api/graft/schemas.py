@@ -88,7 +88,8 @@ class JobCreate(Request):
     model: str = Field(min_length=1)
     training_file: str = Field(min_length=1, max_length=128)
     validation_file: str | None = Field(default=None, min_length=1, max_length=128)
-    suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9](?:\.?[A-Za-z0-9_-])*$")] | None = (
+    # With spaces, as OpenAI's own example has it: in the model's name they are hyphens.
+    suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9](?:[. ]?[A-Za-z0-9_-])*$")] | None = (
         None
     )
     seed: int | None = Field(default=None, ge=0, le=2_147_483_647)

@@ -178,7 +178,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"metadata": {"k": "x" * 513}}, "string_too_long", "metadata.k", "512"),
     *(
         ({"suffix": text}, "invalid_suffix", "suffix", "1 to 64")
-        for text in ("", "x" * 65, "a/b", "..", "a..b", "a\nb", "a\n", "a\u202eb", "-a", "a b", "ü", 7)
+        for text in ("", "x" * 65, "a/b", "..", "a..b", "a\nb", "a\n", "a\u202eb", "-a", " a", "a ", "a  b", "ü", 7)
     ),
     # what is not there yet is refused by its name
     ({"method": {"type": "dpo", "dpo": {}}}, "unsupported_method", "method.type", "'dpo' is not available"),

@@ -65,7 +65,7 @@ def test_the_oldest_job_is_claimed_first_and_a_named_one_when_named(database: Da
 
 
 def test_a_claim_holds_everything_the_worker_needs(database: Database) -> None:
-    held = given.running_job(database, suffix="my-model")
+    held = given.running_job(database, suffix="my model")
     job = look(database, held.job_id)
     assert (held.attempt, held.project_id, held.training_file) == (1, CALLER.project_id, job.training_file)
     assert held.recipe.base_model == "tiny"

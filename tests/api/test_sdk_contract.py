@@ -115,7 +115,7 @@ def test_a_job_with_everything_a_caller_can_say(sdk: OpenAI, service: Service) -
         model="tiny",
         training_file=training.id,
         validation_file=validation.id,
-        suffix="support.bot-2",
+        suffix="support.bot 2",
         seed=7,
         metadata={"team": "search", "ticket": "GR-1"},
         method={
@@ -135,6 +135,7 @@ def test_a_job_with_everything_a_caller_can_say(sdk: OpenAI, service: Service) -
     assert made.id.startswith("ftjob-")
     assert (made.object, made.status, made.model) == ("fine_tuning.job", "validating_files", "tiny")
     assert (made.training_file, made.validation_file) == (training.id, validation.id)
+    assert made.to_dict()["user_provided_suffix"] == "support.bot 2"
     assert (made.seed, made.metadata) == (7, {"team": "search", "ticket": "GR-1"})
     assert made.hyperparameters.n_epochs == 2
     assert made.error is None

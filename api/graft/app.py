@@ -34,12 +34,15 @@ log = logging.getLogger("graft.http")
 
 MAX_JSON_BODY = 1024 * 1024
 UPLOAD_PATH = "/v1/files"
-# What a client of OpenAI's asks next, and what it has to be told instead.
-INFERENCE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-RUNS_NO_MODELS = (
-    " Graft trains models and runs none: download the adapter (`GET /v1/adapters/{id}/download`, where id may be the "
-    "fine-tuned model's name) and load it where the base model runs, with PEFT or with vLLM's `--lora-modules`."
-)
+# What a client of OpenAI's may ask for that is not here, and what it can do instead.
+INSTEAD = {
+    "/v1/uploads": " Send the file whole, with `POST /v1/files`; the operator sets the limit (GRAFT_MAX_UPLOAD_BYTES).",
+    **dict.fromkeys(
+        ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
+        " Graft trains models and runs none: download the adapter (`GET /v1/adapters/{id}/download`, where id may be "
+        "the fine-tuned model's name) and load it where the base model runs, with PEFT or vLLM's `--lora-modules`.",
+    ),
+}
 
 
 def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
@@ -109,9 +112,9 @@ def _answer_errors(app: FastAPI) -> None:
         code = {404: "unknown_url", 405: "method_not_allowed", 413: "body_too_large"}.get(
             error.status_code, "bad_request"
         )
-        hint = RUNS_NO_MODELS if request.url.path in INFERENCE_PATHS else ""
+        instead = INSTEAD.get(request.url.path, "")
         text = {
-            404: f"Unknown request URL: {request.method} {request.url.path[:256]}.{hint}",
+            404: f"Unknown request URL: {request.method} {request.url.path[:256]}.{instead}",
             405: f"{request.method} is not allowed on {request.url.path[:256]}.",
         }.get(error.status_code, str(error.detail))
         body = {"error": {"message": text, "type": "invalid_request_error", "param": None, "code": code}}

@@ -50,11 +50,19 @@ class Catalogue:
         """The base model that a job's `model` stands for: an id, an alias, or the repository an entry names.
 
         Raises:
-            InvalidRequest: `model_not_found`; nothing on disk or on the network was looked at.
+            InvalidRequest: `model_not_found`, or `unsupported_model` for a fine-tuned one; nothing on disk or on the
+                network was looked at.
         """
         found = self.models.get(self.aliases.get(name, name))
         if found is None:
             found = next((model for model in self.models.values() if not model.is_local and model.source == name), None)
+        if found is None and name.startswith("ft:"):
+            raise InvalidRequest(
+                "Training on from a fine-tuned model is not available yet. Name its base model, and train on all "
+                "the files together.",
+                code="unsupported_model",
+                param="model",
+            )
         if found is None:
             near = get_close_matches(name[:128], [*self.models, *self.aliases], n=1, cutoff=0.5)
             hint = f" Did you mean '{near[0]}'?" if near else ""

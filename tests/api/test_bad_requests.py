@@ -142,6 +142,7 @@ FIELDS: list[tuple[dict[str, Any], str, str, str]] = [
         ({"model": name}, "model_not_found", "model", "catalogue")
         for name in ("gpt-9", "../../etc/passwd", "/etc", "file:///etc/passwd", "https://x.org/m", "-rf", LONG, "big")
     ),
+    ({"model": "ft:tiny:default::01234567"}, "unsupported_model", "model", "fine-tuned model is not available"),
     ({"model": "tin"}, "model_not_found", "model", "Did you mean 'tiny'?"),
     # ranges
     *((supervised(n_epochs=n), "invalid_value", f"{HYPER}.n_epochs", "or 'auto'") for n in (0, -1, 51)),
@@ -299,11 +300,19 @@ def test_a_nul_in_a_query_is_no_question(http: TestClient) -> None:
     assert refusal(http.get(f"{JOBS}?after=a%00b"))[0] == 404
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses"])
-def test_who_asks_for_an_answer_is_told_where_the_model_can_be_run(path: str, http: TestClient) -> None:
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        *((path, "GET /v1/adapters/") for path in ("chat/completions", "completions", "embeddings", "responses")),
+        ("uploads", "POST /v1/files"),
+    ],
+)
+def test_what_openai_has_and_graft_has_not_is_refused_with_what_to_do_instead(
+    path: str, instead: str, http: TestClient
+) -> None:
     answer = http.post(f"/v1/{path}", json={"model": "ft:graft-tiny:default::x"})
     assert refusal(answer) == (404, "unknown_url", None)
-    assert "GET /v1/adapters/" in answer.json()["error"]["message"]
+    assert instead in answer.json()["error"]["message"]
 
 
 def test_an_unknown_url_and_method_answer_in_the_envelope(http: TestClient) -> None:

@@ -186,6 +186,16 @@ def test_a_second_ctrl_c_ends_the_waiting_and_the_lease_brings_the_job_back(
     wait_for("an empty scratch folder", lambda: not list((house.folder / "work").iterdir()), 5)
 
 
+def test_two_ctrl_c_in_one_moment_are_no_error(tmp_path: Path) -> None:
+    """The second comes before the server has begun to close, and cancels what waits to be told so."""
+    with Service(tmp_path, "--workers", "0") as service:
+        service.interrupt()
+        time.sleep(0.05)
+        service.interrupt()
+        assert service.process.wait(10) == 130
+        assert "ERROR" not in service.log
+
+
 def test_a_worker_that_was_frozen_past_its_lease_changes_nothing_when_it_wakes_up(house: House, expected: str) -> None:
     job = house.create()
     service = house.service

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -60,7 +61,10 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         housekeeping.start()
-        yield
+        try:
+            yield
+        except asyncio.CancelledError:
+            return  # the server was told twice to leave, and waits for nothing
         housekeeping.stop()
         if own:
             database.dispose()

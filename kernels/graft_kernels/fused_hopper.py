@@ -593,10 +593,10 @@ def fused_hopper(product: Product, programs: int) -> None:
         rank, stride_up = down_jR.shape[0], up_Oj.stride()
         s = low_rank_parts(in_, down_jR, arrivals)
     # Tiles of the tensor memory accelerator: zeros outside.
-    in_tiles, last_tiles = (
-        TensorDescriptor.from_tensor(in_, [rows, 64], gl.NVMMASharedLayout(128, 16, 2))
-        for rows in (BLOCK_M, tiles.last_m)
-    )
+    in_layout = gl.NVMMASharedLayout(128, 16, 2)
+    in_tiles = last_tiles = TensorDescriptor.from_tensor(in_, [BLOCK_M, 64], in_layout)
+    if tiles.last_m < BLOCK_M:
+        last_tiles = TensorDescriptor.from_tensor(in_, [tiles.last_m, 64], in_layout)
     rows, columns = (64, BLOCK_O) if backward else (BLOCK_O, 64)
     words_NK = weight.packed.view(n, k // 2).view(torch.int32)
     w_tiles = TensorDescriptor.from_tensor(words_NK, [rows, columns // 8], gl.NVMMASharedLayout(columns // 2, 32, 2))

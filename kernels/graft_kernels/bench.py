@@ -38,7 +38,7 @@ from torch import Tensor
 H, I, HEADS, KEY_HEADS, D, V, RANK = 4096, 14336, 32, 8, 128, 128256, 16  # noqa: E741
 ODD_V = 32001  # classes where a token was added to the vocabulary
 TOKENS = (2048, 8192, 16384)
-FEW_TOKENS = (16, 64, 128, 256, 384, 512, 640)
+FEW_TOKENS = (16, 64, 128, 256, 272, 320, 384, 512, 640)
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 EPS = 1e-5

@@ -32,14 +32,14 @@ Nothing is kept for a backward; this file has no autograd, its caller has.
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graft_kernels.fused_hopper import BLOCK_O, Product, fused_hopper, step_at, tiles_of
+from graft_kernels.fused_hopper import BLOCK_O, TILES_M, Product, fused_hopper
 from graft_kernels.launch import (
     INTERPRETED,
     KERNEL_DTYPES,
@@ -84,7 +84,7 @@ class FusedConfig:
     inline: bool = True  # S inside the same launch; False: a library product before it
     scales_shared: bool = True  # the second level's 256 values are looked up in shared memory, not through the L1
     max_registers: int | None = None  # per thread: fewer let more programs share a multiprocessor
-    hopper: bool = False  # the kernel of `fused_hopper.py`, which has its own blocks; of all else it takes `programs`
+    hopper: bool = False  # the kernel of `fused_hopper.py`; of all else it takes `block_m`, of TILES_M, and `programs`
     programs: int = 0  # so many share all tiles' steps equally; 0: a program takes a tile
 
 
@@ -336,7 +336,7 @@ def fused_config(
         raise ValueError(f"direction is {direction!r}, expected 'forward' or 'backward'")
     out_size, sum_size = (n, k) if direction == "forward" else (k, n)
     if hopper and m > 128 and (m > 256 or n * k >= _LARGE_WEIGHT[direction]):
-        return _hopper_config(m, out_size, sum_size, direction)
+        return _hopper_config(m, out_size, sum_size)
     inline = rank <= MAX_INLINE_RANK
     block_m = min(256, max(16, next_power_of_2(max(m, 1))))
     if sum_size % 64 != 0:
@@ -368,31 +368,30 @@ def fused_config(
 
 
 @functools.cache
-def _hopper_config(m: int, out_size: int, sum_size: int, direction: str) -> FusedConfig:
+def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
     """The cut whose time is predicted to be least, in microseconds.
 
-    From sweeps on an H100 and an H200: of a step of the reduction, of going on to another tile, and of leaving and
-    adding parts, which takes longer where the outputs' tiles begin at different places in the programs' stretches (most
-    likely because programs that share a tile then end at different times).
+    From a sweep on an H200: of a step of 64, by the tokens of a tile; of leaving and adding a tile's parts, the more
+    programs share it the longer; and of waiting for each other, where tiles begin at different places in the programs'
+    stretches.
     """
-    step_us = {"forward": 1.6, "backward": 0.92}[direction]
-    tiles_m, _, costs, steps, total = tiles_of(m, out_size, sum_size, direction)
-    tiles_o = cdiv(out_size, BLOCK_O)
-    # A tile each: whoever is done takes the next.
-    busy = [0.0] * _MULTIPROCESSORS
-    for tile in range(tiles_m * tiles_o):
-        last = (tile + 1) % tiles_m == 0
-        heapq.heapreplace(busy, busy[0] + step_us * steps * costs[last] / costs[0])
-    cuts = {0: max(busy)}
-    for programs in (_MULTIPROCESSORS, 128, 96, 64):
-        if programs > total // costs[0]:
-            continue
-        ends = [step_at(i * total // programs, steps, tiles_m, *costs) for i in range(programs + 1)]
-        touched = max((end - 1) // steps - begin // steps + 1 for begin, end in itertools.pairwise(ends))
-        cuts[programs] = step_us * total / (programs * costs[0]) + 6.0 + 2.0 * (touched - 1)
-        if programs % tiles_o and tiles_o % programs:
-            cuts[programs] += 12.0
-    return FusedConfig(hopper=True, programs=min(cuts, key=lambda programs: cuts[programs]))
+    steps = sum_size // 64
+    cuts = {}
+    for tile_m, step_us in zip(TILES_M, (0.8, 1.0, 1.1), strict=True):
+        tiles = cdiv(m, tile_m) * cdiv(out_size, BLOCK_O)
+        cuts[tile_m, 0] = step_us * steps * cdiv(tiles, _MULTIPROCESSORS)
+        for programs in (_MULTIPROCESSORS, 128, 96, 64):
+            total = tiles * steps
+            if programs > total:
+                continue
+            ends = [i * total // programs for i in range(programs + 1)]
+            touched = (range(begin // steps, (end - 1) // steps + 1) for begin, end in itertools.pairwise(ends))
+            sharing = max(Counter(itertools.chain.from_iterable(touched)).values())
+            cuts[tile_m, programs] = step_us * total / programs + 8.0 + 4.0 * max(sharing - 2, 0) * tile_m / 256
+            if programs % tiles and tiles % programs:
+                cuts[tile_m, programs] += 20.0
+    tile_m, programs = min(cuts, key=lambda cut: cuts[cut])
+    return FusedConfig(hopper=True, block_m=tile_m, programs=programs)
 
 
 def _hopper_takes(in_: Tensor, sum_size: int) -> bool:
@@ -482,6 +481,8 @@ def _fused(
             f"the Hopper kernel does not take {in_.dtype} with row stride {in_.stride(0)} on {in_.device} and a sum "
             f"over {sum_size}"
         )
+    if cut.hopper and cut.block_m not in TILES_M:
+        raise ValueError(f"the Hopper kernel's block_m is {cut.block_m}, expected one of {TILES_M}")
     along_k = cut.block_o if backward else cut.block_r
     if along_k % BLOCKSIZE != 0:
         raise ValueError(f"the block along K is {along_k}, expected a multiple of {BLOCKSIZE}")
@@ -490,7 +491,7 @@ def _fused(
         down_jR, up_Oj = lora_b.t(), lora_a.t()
     product = Product(in_, weight, down_jR, up_Oj, scale, bias, out, backward)
     if cut.hopper:
-        fused_hopper(product, cut.programs)
+        fused_hopper(product, cut.block_m, cut.programs)
     else:
         _launch(cut, product)
     return out

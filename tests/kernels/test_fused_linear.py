@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graft_kernels.fused_hopper import BLOCK_O, cost_before, low_rank_parts, payer, step_at, tiles_of
+from graft_kernels.fused_hopper import BLOCK_O, TILES_M, low_rank_parts, owner
 from graft_kernels.fused_linear import (
     MAX_RANK,
     FusedConfig,
@@ -42,9 +42,9 @@ VARIANTS = {
 
 # On a card of Hopper's kind; elsewhere they are refused, which is what the tests below then check.
 HOPPER = {
-    "a tile each": FusedConfig(hopper=True),
-    "few programs": FusedConfig(hopper=True, programs=7),
-    "many programs": FusedConfig(hopper=True, programs=132),
+    f"{tile_m} tokens, {name}": FusedConfig(hopper=True, block_m=tile_m, programs=programs)
+    for tile_m in TILES_M
+    for name, programs in (("a tile each", 0), ("few programs", 7), ("many programs", 132))
 }
 
 
@@ -147,17 +147,18 @@ def refuses_hopper(device: str, variant: str) -> bool:
     return True
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", HOPPER)
-def test_on_hopper_every_cut_is_the_float64_product(variant: str, device: str) -> None:
+def test_on_hopper_every_cut_is_the_float64_product(variant: str, dtype: torch.dtype, device: str) -> None:
     if refuses_hopper(device, variant):
         return
-    for dtype in (torch.float16, torch.bfloat16):
-        check(300, 192, 320, 16, dtype, HOPPER[variant], nested=True)
-        check(384, 320, 4096, 16, dtype, HOPPER[variant], nested=True)
-        check(257, 128, 192, 3, dtype, HOPPER[variant], nested=False, bias=True)
-        check(1, 320, 64, 64, dtype, HOPPER[variant], nested=True, bias=True)
-        check(512, 64, 4096, 0, dtype, HOPPER[variant], nested=True)
-        check(600, 192, 4160, 48, dtype, HOPPER[variant], nested=True)
+    check(300, 192, 320, 16, dtype, HOPPER[variant], nested=True)
+    check(384, 320, 4096, 16, dtype, HOPPER[variant], nested=True)
+    check(257, 128, 192, 3, dtype, HOPPER[variant], nested=False, bias=True)
+    check(1, 320, 64, 64, dtype, HOPPER[variant], nested=True, bias=True)
+    check(512, 64, 4096, 0, dtype, HOPPER[variant], nested=True)
+    check(600, 192, 4160, 48, dtype, HOPPER[variant], nested=True)
+    check(700, 192, 4096, 64, dtype, HOPPER[variant], nested=True, bias=True)
 
 
 @pytest.mark.parametrize("variant", HOPPER)
@@ -187,30 +188,36 @@ def test_on_hopper_every_run_gives_the_same_bits(variant: str, device: str) -> N
 
 @pytest.mark.parametrize(("n", "k"), [(192, 320), *SHAPES.values()])
 @pytest.mark.parametrize("m", [1, 256, 257, 320, 321, 384, 385, 512, 600, 3000])
-def test_on_hopper_programs_share_all_steps_at_equal_cost_and_know_each_other(m: int, n: int, k: int) -> None:
+def test_on_hopper_programs_share_all_steps_equally_and_know_each_other(m: int, n: int, k: int) -> None:
     """A tile whose programs miscount each other is never finished, or before its last part is there."""
-    tiles_m, _, costs, steps, total = tiles_of(m, n, k, "forward")
-    all_steps = tiles_m * -(-n // BLOCK_O) * steps
-    for wanted in (2, 7, 96, 128, 132):
-        programs = min(wanted, total // costs[0])
-        ends = [step_at(i * total // programs, steps, tiles_m, *costs) for i in range(programs + 1)]
-        assert (ends[0], ends[-1]) == (0, all_steps)
-        stretches = list(itertools.pairwise(ends))
-        assert all(begin < end for begin, end in stretches)
-        paid = [cost_before(end, steps, tiles_m, *costs) for end in ends]
-        assert max(after - before for before, after in itertools.pairwise(paid)) < total / programs + costs[0]
-        owner = [program for program, (begin, end) in enumerate(stretches) for _ in range(begin, end)]
-        for begin in range(0, all_steps, steps):
-            for step in (begin, begin + steps - 1):
-                assert payer(cost_before(step + 1, steps, tiles_m, *costs), programs, total) == owner[step]
+    steps = k // 64
+    for tile_m in TILES_M:
+        total = -(-m // tile_m) * -(-n // BLOCK_O) * steps
+        for programs in (min(wanted, total) for wanted in (2, 7, 96, 128, 132)):
+            ends = [i * total // programs for i in range(programs + 1)]
+            stretches = list(itertools.pairwise(ends))
+            assert {end - begin for begin, end in stretches} <= {total // programs, total // programs + 1}
+            owners = [program for program, (begin, end) in enumerate(stretches) for _ in range(begin, end)]
+            for begin in range(0, total, steps):
+                for step in (begin, begin + steps - 1):
+                    assert owner(step, programs, total) == owners[step]
+
+
+def test_on_hopper_a_tile_has_256_320_or_384_tokens(device: str) -> None:
+    if refuses_hopper(device, next(iter(HOPPER))):
+        return
+    with pytest.raises(ValueError, match=r"block_m is 128, expected one of \(256, 320, 384\)"):
+        fused_forward(
+            torch.randn(130, 128).half(), random_weight(64, 128), config=FusedConfig(hopper=True, block_m=128)
+        )
 
 
 def test_on_hopper_a_tile_each_is_the_same_product_for_thousands_of_tiles(device: str) -> None:
-    if refuses_hopper(device, "a tile each"):
+    if refuses_hopper(device, "256 tokens, a tile each"):
         return
     # 8,192 programs of 64 steps: their product with all steps is beyond an int32.
     weight, dy = random_weight(4096, 16384), torch.randn(16384, 4096).bfloat16()
-    dx = fused_backward_dx(dy, weight, config=HOPPER["a tile each"])
+    dx = fused_backward_dx(dy, weight, config=HOPPER["256 tokens, a tile each"])
     rows = torch.tensor([0, 255, 256, 9000, 16383])
     expected = dy[rows].double() @ decode(weight, torch.bfloat16).double()
     assert distance(dx[rows], expected) < TOLERANCE[torch.bfloat16]

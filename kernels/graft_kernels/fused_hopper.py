@@ -11,11 +11,12 @@ program has three groups of four warps, which meet at barriers in shared memory 
     one      starts copies of input and weight (TMA), two to four steps of 64 ahead, and decodes the scales
     two      64 outputs each: start acc += W_i · in_iᵀ on the tensor cores, meanwhile decode their half of W_{i+1}
 
-Decoding is what a step takes (0.8 us, of which the tensor cores need 0.6 for 256 tokens), nearly whatever is multiplied
-with it. So a tile has 256, 320 or 384 tokens: the sums of what is more than 256 stand in registers of their own, beside
-the others. A thread decodes 32 weights of one scale: it multiplies and rounds the sixteen code values once and looks
-the bytes of the results up by permutations (`prmt`), four at a time. That leaves the shared memory to the tensor cores;
-shuffles, which the smaller kernel uses, share its way. (Each by measurement on an H200.)
+A step takes as long as the chain of its instructions in each warp, most of which decode: 0.8 us, of which the tensor
+cores need 0.6, and with half as many tokens more 1.0. So a tile has 256, 320 or 384 tokens: the sums of what is more
+than 256 stand in registers of their own, beside the others. A thread decodes 32 weights of one scale: it multiplies and
+rounds the sixteen code values once and looks the bytes of the results up by permutations (`prmt`), four at a time. That
+leaves the shared memory to the tensor cores; shuffles, which the smaller kernel uses, share its way. (Each by
+measurement on an H200.)
 
 Tiles seldom fill the card: 64 of them leave half of 132 multiprocessors without work, 224 are two rounds, the second of
 them with a third of the card idle. So a program may take an equal stretch of all steps of all tiles, wherever tiles

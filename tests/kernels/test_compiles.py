@@ -51,10 +51,16 @@ from graft_kernels.nf4 import NF4Weight
 HERE = Path(__file__).parent
 PROCESSES = 2
 
-# Kernels that may spill on a card, by how many bytes a thread, compiled with which constant, and why that pays.
-MAY_SPILL: dict[tuple[str, str], tuple[int, str, str]] = {
-    ("sm_90", "_fused_linear_kernel"): (48, "", "65 to 128 tokens: 8 to 16 % faster than without a limit of registers"),
-    ("sm_90", "_fused_hopper_kernel"): (168, "BESIDE_M=128", "384 tokens: 3 to 19 % faster than two tiles of 256"),
+# Kernels that may spill on a card, by how many bytes a thread, compiled with which constant, and why that pays or costs
+# nothing.
+MAY_SPILL: dict[tuple[str, str], list[tuple[int, str, str]]] = {
+    ("sm_90", "_fused_linear_kernel"): [
+        (48, "", "65 to 128 tokens: 8 to 16 % faster than without a limit of registers")
+    ],
+    ("sm_90", "_fused_hopper_kernel"): [
+        (168, "BESIDE_M=128", "384 tokens: 3 to 19 % faster than two tiles of 256"),
+        (16, "RANK=64", "once a tile, before its first step: while the parts of S are added"),
+    ],
 }
 
 # Kernels written for one kind of tensor core: on the others their op takes another one.
@@ -247,9 +253,8 @@ if AVAILABLE and not INTERPRETED:
         assert {row["card"] for row in on_purpose} == set(CAPABILITIES)
         surprises = []
         for row in spilling:
-            allowed, constant, _ = MAY_SPILL.get((row["card"], row["kernel"]), (0, "", ""))
-            if constant not in row["constants"]:
-                allowed = 0
+            exceptions = MAY_SPILL.get((row["card"], row["kernel"]), [])
+            allowed = max((size for size, constant, _ in exceptions if constant in row["constants"]), default=0)
             if row not in on_purpose and row["stack"] + row["local"] > allowed:
                 surprises.append(" ".join(f"{name}={row[name]}" for name in COLUMNS))
         assert not surprises, "\n".join(surprises)

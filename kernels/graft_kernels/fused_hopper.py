@@ -165,14 +165,6 @@ def _decoded_scales(index, scale2, code2_ptr, offset, NESTED: gl.constexpr):  # 
 
 
 @gluon.jit
-def _scales(  # type: ignore[no-untyped-def]
-    absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED: gl.constexpr
-):  # fmt: skip
-    index, scale2 = _coded_scales(absmax_ptr, absmax2_ptr, block, mask, NESTED)
-    return _decoded_scales(index, scale2, code2_ptr, offset, NESTED)
-
-
-@gluon.jit
 def _next(place, phase, PLACES: gl.constexpr):  # type: ignore[no-untyped-def]
     """The place after this one, and the parity of the rounds through all places."""
     place += 1
@@ -236,7 +228,8 @@ def _provide(  # type: ignore[no-untyped-def]
             block = (o0 + thread) * row_blocks + first
             block_step = 1
             mask = o0 + thread < out_size
-        absmax = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED)
+        index0, scale0 = _coded_scales(absmax_ptr, absmax2_ptr, block, mask, NESTED)
+        absmax = _decoded_scales(index0, scale0, code2_ptr, offset, NESTED)
         index1, scale1 = _coded_scales(absmax_ptr, absmax2_ptr, block + block_step, mask & (count > 1), NESTED)
         index2, scale2 = _coded_scales(absmax_ptr, absmax2_ptr, block + 2 * block_step, mask & (count > 2), NESTED)
         block += 3 * block_step

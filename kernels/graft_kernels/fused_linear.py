@@ -379,9 +379,9 @@ def _hopper_config(m: int, out_size: int, sum_size: int) -> FusedConfig:
     cuts = {}
     for tile_m, step_us in zip(TILES_M, (0.8, 1.0, 1.1), strict=True):
         tiles = cdiv(m, tile_m) * cdiv(out_size, BLOCK_O)
+        total = tiles * steps
         cuts[tile_m, 0] = step_us * steps * cdiv(tiles, _MULTIPROCESSORS)
         for programs in (_MULTIPROCESSORS, 128, 96, 64):
-            total = tiles * steps
             if programs > total:
                 continue
             ends = [i * total // programs for i in range(programs + 1)]
